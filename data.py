@@ -1,0 +1,308 @@
+"""What goes in? Data sets and their protocols, the two augmented views, loaders."""
+
+import hashlib
+import os
+import pickle
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, Sampler
+from torchvision import transforms
+from torchvision.datasets import CIFAR10
+
+from utils import LOG, InputError, sample_seed
+
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+
+
+@dataclass(frozen=True)
+class Images:
+    """Images in memory: `pixels` `[n, H, W, 3]` uint8; `labels` `[n]` int64 class ids or `[n, L]` uint8 multi-hot."""
+
+    pixels: np.ndarray
+    labels: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def picture(self, index: int) -> Image.Image:
+        return Image.fromarray(self.pixels[index])
+
+    def subset(self, indices: np.ndarray) -> "Images":
+        return Images(self.pixels[indices], self.labels[indices])
+
+
+@dataclass(frozen=True)
+class Splits:
+    """What a protocol makes of a data set. `mirrored`: whether a mirror image is the same thing (a flipped digit
+    is not), so that the views may flip. `canonical`: False where files are not the published ones."""
+
+    train: Images
+    query: Images
+    database: Images
+    mirrored: bool = True
+    canonical: bool = True
+
+
+# ---------------------------------------------------------------- protocols
+
+
+def cifar10_indices(labels: np.ndarray, protocol: str, seed: int) -> dict[str, np.ndarray]:
+    """CIFAR-10's splits as indices into the file order: one `permutation(6000)` a class, classes in order.
+
+    The first 1,000 of a class are queries, the others the database; of these all (I) or the first 500 (II) train.
+
+    Args:
+        labels: `[60000]` class ids in file order: five training batches, then the test batch.
+    """
+    generator = np.random.RandomState(seed % 2**32)
+    classes = [np.flatnonzero(labels == c) for c in range(10)]
+    shuffled = [of_class[generator.permutation(len(of_class))] for of_class in classes]
+    last_train = {"I": None, "II": 1500}[protocol]
+    return {
+        "query": np.concatenate([of_class[:1000] for of_class in shuffled]),
+        "train": np.concatenate([of_class[1000:last_train] for of_class in shuffled]),
+        "database": np.concatenate([of_class[1000:] for of_class in shuffled]),
+    }
+
+
+def load_cifar10(data_root: Path, protocol: str, seed: int, download: bool) -> Splits:
+    """CIFAR-10 from `data_root/CIFAR-10/cifar-10-batches-py`, split by protocol I or II.
+
+    Raises InputError where files are missing (and can not be downloaded), damaged or mislabelled.
+    """
+    folder = data_root / "CIFAR-10" / CIFAR10.base_folder
+    checksums = dict(CIFAR10.train_list + CIFAR10.test_list)
+    if download and not all((folder / name).exists() for name in checksums):
+        download_cifar10(folder.parent)
+    if not folder.is_dir():
+        raise InputError(
+            f"CIFAR-10 is not at {folder}: run once with --download_cifar10, or unpack cifar-10-python.tar.gz "
+            f"into {folder.parent} (--data_root names another place)"
+        )
+    batches = [read_cifar10_batch(folder / name) for name in checksums]
+    changed = [name for name, md5 in checksums.items() if hashlib.md5((folder / name).read_bytes()).hexdigest() != md5]
+    if changed:
+        LOG.warning(
+            "WARNING: not the published CIFAR-10 files (checksums differ): %s in %s. "
+            "Results are not comparable with published ones.",
+            ", ".join(changed),
+            folder,
+        )
+    images = Images(np.concatenate([b.pixels for b in batches]), np.concatenate([b.labels for b in batches]))
+    counts = np.bincount(images.labels, minlength=10)
+    if (counts != 6000).any():
+        raise InputError(
+            f"{folder}: mislabelled, CIFAR-10 has 6000 images a class but class {np.argmax(counts != 6000)} "
+            f"has {counts[counts != 6000][0]}; delete the folder and run with --download_cifar10"
+        )
+    parts = {name: images.subset(part) for name, part in cifar10_indices(images.labels, protocol, seed).items()}
+    return Splits(**parts, canonical=not changed)
+
+
+def download_cifar10(folder: Path) -> None:
+    """Let torchvision download and unpack CIFAR-10 into `folder`. Raises InputError where that fails."""
+    try:
+        CIFAR10(str(folder), download=True)
+    except (OSError, RuntimeError) as error:
+        raise InputError(
+            f"--download_cifar10 failed ({error}): check the network, or fetch cifar-10-python.tar.gz elsewhere "
+            f"and unpack it into {folder}"
+        ) from error
+
+
+class _ArraysOnly(pickle.Unpickler):
+    """Unpickles what CIFAR-10's batches are made of, NumPy arrays and plain containers, and nothing else."""
+
+    ALLOWED = {
+        ("numpy", "ndarray"),
+        ("numpy", "dtype"),
+        ("numpy.core.multiarray", "_reconstruct"),
+        ("numpy._core.multiarray", "_reconstruct"),
+        ("_codecs", "encode"),
+    }
+
+    def find_class(self, module: str, name: str) -> object:
+        if (module, name) not in self.ALLOWED:
+            raise pickle.UnpicklingError(f"it asks for {module}.{name}, which no CIFAR-10 batch needs")
+        return super().find_class(module.replace("numpy.core", "numpy._core"), name)
+
+
+def read_cifar10_batch(path: Path) -> Images:
+    """One file of CIFAR-10's python version: 10,000 images.
+
+    Raises InputError naming the file where it is missing, damaged, unsafe or mislabelled.
+    """
+    advice = "delete the folder and run with --download_cifar10"
+    try:
+        with open(path, "rb") as file:
+            batch = _ArraysOnly(file, encoding="latin1").load()
+    except FileNotFoundError:
+        raise InputError(f"{path} is missing: {advice}") from None
+    except Exception as error:  # a damaged pickle can raise nearly anything
+        raise InputError(f"{path} is not a readable CIFAR-10 batch ({error}): {advice}") from error
+    fault = _batch_fault(batch, path.name)
+    if fault:
+        raise InputError(f"{path}: {fault}; {advice}")
+    pixels = batch["data"].reshape(10000, 3, 32, 32).transpose(0, 2, 3, 1)
+    return Images(pixels, np.asarray(batch["labels"], dtype=np.int64))
+
+
+def _batch_fault(batch: object, name: str) -> str | None:
+    """What is wrong with an unpickled batch, or None."""
+    if not isinstance(batch, dict) or not {"data", "labels", "batch_label"} <= batch.keys():
+        return "not a CIFAR-10 batch (no data, labels and batch_label in it)"
+    data, labels = batch["data"], batch["labels"]
+    if not isinstance(data, np.ndarray) or data.dtype != np.uint8 or data.shape != (10000, 3072):
+        return "data is not an array of 10000 x 3072 bytes"
+    if not isinstance(labels, list) or len(labels) != 10000:
+        return "there are not 10000 labels"
+    if not all(type(label) is int and 0 <= label <= 9 for label in labels):
+        return "mislabelled, a label is not a whole number from 0 to 9"
+    title = "testing batch 1 of 1" if name == "test_batch" else f"training batch {name[-1]} of 5"
+    if batch["batch_label"] != title:
+        return f"mislabelled, the file says it is {batch['batch_label']!r} instead of {title!r}"
+    return None
+
+
+def load_digits(seed: int) -> Splits:
+    """scikit-learn's 1,797 handwritten digits (8 x 8, grey): 30 queries a class, the rest trains and is the database."""
+    from sklearn.datasets import load_digits as sklearn_digits
+
+    digits = sklearn_digits()
+    grey = np.rint(digits.images * (255 / 16)).astype(np.uint8)
+    images = Images(np.repeat(grey[..., None], 3, axis=3), digits.target.astype(np.int64))
+    generator = np.random.RandomState(seed % 2**32)
+    shuffled = [generator.permutation(np.flatnonzero(images.labels == c)) for c in range(10)]
+    query = images.subset(np.concatenate([of_class[:30] for of_class in shuffled]))
+    rest = images.subset(np.concatenate([of_class[30:] for of_class in shuffled]))
+    return Splits(train=rest, query=query, database=rest, mirrored=False)
+
+
+def load_splits(
+    dataset: str, protocol: str, seed: int, data_root: Path, download_cifar10: bool = False, limit: int | None = None
+) -> Splits:
+    """The splits of a data set; with `limit`, that many images of each, evenly spaced so that all classes stay.
+
+    Raises InputError where the data is not there or not sound.
+    """
+    if dataset == "Digits":
+        splits = load_digits(seed)
+    else:
+        splits = load_cifar10(data_root, protocol, seed, download_cifar10)
+    if limit is None:
+        return splits
+    LOG.warning("WARNING: --limit %d: only %d images a split are used. The MAP means nothing.", limit, limit)
+    return replace(
+        splits, train=_spread(splits.train, limit), query=_spread(splits.query, limit),
+        database=_spread(splits.database, limit),
+    )  # fmt: skip
+
+
+def _spread(images: Images, limit: int) -> Images:
+    return images.subset(np.linspace(0, len(images), min(limit, len(images)), endpoint=False).astype(int))
+
+
+# ---------------------------------------------------------------- views and loaders
+
+
+def view_transform(image_size: int, mirrored: bool) -> transforms.Compose:
+    """The random augmentation that makes a view: PIL image -> `[3, S, S]` float32."""
+    return transforms.Compose(
+        [
+            transforms.RandomResizedCrop(image_size, scale=(0.5, 1.0)),
+            transforms.RandomHorizontalFlip(p=0.5 if mirrored else 0.0),
+            transforms.RandomApply([transforms.ColorJitter(0.4, 0.4, 0.4, 0.1)], p=0.7),
+            transforms.RandomGrayscale(p=0.2),
+            transforms.RandomApply([transforms.GaussianBlur(3, sigma=(0.1, 2.0))], p=0.5),
+            transforms.ToTensor(),
+            transforms.Normalize(IMAGENET_MEAN, IMAGENET_STD),
+        ]
+    )
+
+
+def test_transform(image_size: int) -> transforms.Compose:
+    """What queries and database images go through: PIL image -> `[3, S, S]` float32."""
+    return transforms.Compose(
+        [
+            transforms.Resize((image_size, image_size)),
+            transforms.ToTensor(),
+            transforms.Normalize(IMAGENET_MEAN, IMAGENET_STD),
+        ]
+    )
+
+
+class ShuffledBatches(Sampler[list[tuple[int, int]]]):
+    """Batches of (image, seed of its views) for one epoch after another; the last batch may be smaller.
+
+    Order and seeds are functions of (seed, epoch) alone, so views do not depend on the number of workers.
+    """
+
+    def __init__(self, n: int, batch_size: int, seed: int) -> None:
+        self.n, self.batch_size, self.seed, self.epoch = n, batch_size, seed, 0
+
+    def __len__(self) -> int:
+        return -(-self.n // self.batch_size)
+
+    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+        generator = torch.Generator().manual_seed(sample_seed(self.seed, self.epoch))
+        order = torch.randperm(self.n, generator=generator).tolist()
+        for start in range(0, self.n, self.batch_size):
+            batch = order[start : start + self.batch_size]
+            yield [(index, sample_seed(self.seed, self.epoch, index)) for index in batch]
+
+
+class TwoViews(Dataset):
+    """(image, seed) -> two independent views of the image, drawn from the seed."""
+
+    def __init__(self, images: Images, transform: transforms.Compose) -> None:
+        self.images, self.transform = images, transform
+
+    def __getitem__(self, key: tuple[int, int]) -> tuple[Tensor, Tensor]:
+        index, seed = key
+        picture = self.images.picture(index)
+        with torch.random.fork_rng(devices=[]):  # torchvision draws from the global generator
+            torch.default_generator.manual_seed(seed)
+            return self.transform(picture), self.transform(picture)
+
+
+class TestImages(Dataset):
+    """index -> the image as test images are seen."""
+
+    __test__ = False  # not a pytest class
+
+    def __init__(self, images: Images, transform: transforms.Compose) -> None:
+        self.images, self.transform = images, transform
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, index: int) -> Tensor:
+        return self.transform(self.images.picture(index))
+
+
+def train_loader(splits: Splits, image_size: int, batch_size: int, num_workers: int, seed: int) -> DataLoader:
+    """Batches of two views `[B, 3, S, S]` each of the training images; set `batch_sampler.epoch` before each pass."""
+    dataset = TwoViews(splits.train, view_transform(image_size, splits.mirrored))
+    batches = ShuffledBatches(len(splits.train), batch_size, seed)
+    return DataLoader(dataset, batch_sampler=batches, **_loader_options(num_workers))
+
+
+def test_loader(images: Images, image_size: int, batch_size: int, num_workers: int) -> DataLoader:
+    """Batches `[B, 3, S, S]` of the images in their order."""
+    dataset = TestImages(images, test_transform(image_size))
+    return DataLoader(dataset, batch_size=batch_size, **_loader_options(num_workers))
+
+
+test_transform.__test__ = test_loader.__test__ = False  # not pytest functions
+
+
+def _loader_options(num_workers: int) -> dict:
+    """Never more workers than cores: they would only wait for each other."""
+    workers = min(num_workers, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count())
+    return {"num_workers": workers, "pin_memory": torch.cuda.is_available()}

@@ -1,0 +1,330 @@
+"""How does a run go? Training, encoding a database, testing, and the files that a run leaves."""
+
+import math
+import platform
+import resource
+import sys
+import time
+from argparse import Namespace
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import torchvision
+from torch import Tensor
+from torch.utils.data import DataLoader
+from torch.utils.tensorboard import SummaryWriter
+
+import data
+import loss
+import retrieval
+from network import MeCoQ, read_state_dict
+from utils import LOG, Patience, RunError, atomic_write, learning_rate, progress_bar, write_json
+
+
+@dataclass
+class Files:
+    """Where a run writes: `logs/<notes>.log`, `logs/<notes>/` and `checkpoints/<notes>/` below the output folder."""
+
+    output: Path
+    notes: str
+
+    @property
+    def log(self) -> Path:
+        return self.output / "logs" / f"{self.notes}.log"
+
+    @property
+    def tensorboard(self) -> Path:
+        return self.output / "logs" / self.notes
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.output / "checkpoints" / self.notes
+
+    @property
+    def model(self) -> Path:
+        return self.checkpoints / "model.cpt"
+
+
+class Stopwatch:
+    """Seconds spent in each phase of a run."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+
+    @contextmanager
+    def measure(self, phase: str) -> Iterator[None]:
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.seconds[phase] = self.seconds.get(phase, 0.0) + time.perf_counter() - start
+
+
+# ---------------------------------------------------------------- training
+
+
+def build_optimizer(model: MeCoQ, args: Namespace) -> torch.optim.Optimizer:
+    """Projection and codebooks learn at `lr`, trained backbone blocks at `lr * lr_scaling`; Eq. 14's beta decays all."""
+    backbone = [p for p in model.backbone.parameters() if p.requires_grad]
+    head = [*model.projection.parameters(), *model.quantizer.parameters()]
+    groups = [{"params": head, "lr": args.lr}, {"params": backbone, "lr": args.lr * args.lr_scaling}]
+    groups = [group for group in groups if group["params"]]
+    if args.optimizer == "SGD":
+        return torch.optim.SGD(groups, momentum=args.momentum, weight_decay=args.hp_beta)
+    return torch.optim.Adam(groups, weight_decay=args.hp_beta)
+
+
+def build_scheduler(optimizer: torch.optim.Optimizer, args: Namespace, steps_per_epoch: int):  # noqa: ANN201
+    """Warm-up and cosine, stepped every batch; each group keeps its proportion to `--lr`."""
+
+    def factor(step: int) -> float:
+        if args.disable_scheduler:
+            return 1.0
+        return (
+            learning_rate(
+                step, steps_per_epoch, args.epoch_num, args.warmup_epoch_num, args.start_lr, args.lr, args.final_lr
+            )
+            / args.lr
+        )
+
+    return torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
+
+
+def objective(model: MeCoQ, view1: Tensor, view2: Tensor, use_memory: bool, args: Namespace) -> dict[str, Tensor]:
+    """Eq. 14 without its weight decay, which the optimiser applies: the terms and their weighted sum.
+
+    Args:
+        view1, view2: `[N, 3, S, S]`.
+        use_memory: whether the code memory's entries act as negatives, Eq. 12-13.
+    """
+    z = model(torch.cat([view1, view2]))  # [2N, D]
+    quantizer = model.quantizer
+    soft_codes, reconstruction = quantizer(z)  # [2N, M, K], [2N, M, d]
+    codewords = quantizer.codewords()
+    negatives = None
+    if use_memory:
+        negatives = quantizer.reconstruct(model.memory.entries(), codewords).flatten(1)  # Eq. 12: today's codewords
+    contrastive = loss.contrastive_loss(
+        *reconstruction.flatten(1).chunk(2), negatives, T=args.T, pos_prior=args.pos_prior
+    )
+    entropy = loss.code_entropy(soft_codes)
+    diversity = loss.codeword_diversity(codewords)
+    return {
+        "loss/simclr_loss": contrastive,
+        "loss/entropy_reg_loss": entropy,
+        "loss/codeword_reg_loss": diversity,
+        "loss/total_loss": contrastive + args.hp_lambda * entropy + args.hp_gamma * diversity,  # Eq. 14
+        "quant_err": loss.quantization_error(quantizer.segments(z), reconstruction),
+        "soft_codes": soft_codes,
+    }
+
+
+def train_epoch(
+    model: MeCoQ,
+    loader: DataLoader,
+    optimizer: torch.optim.Optimizer,
+    scheduler: torch.optim.lr_scheduler.LambdaLR,
+    epoch: int,
+    args: Namespace,
+    writer: SummaryWriter | None,
+) -> dict[str, float]:
+    """One pass over the training images; returns the means over its steps. Raises RunError on a non-finite loss."""
+    model.train()
+    loader.batch_sampler.epoch = epoch
+    use_memory = model.memory is not None and epoch >= args.queue_begin_epoch
+    sums: dict[str, float] = {}
+    bar = progress_bar(loader, f"epoch {epoch}")
+    for step, views in enumerate(bar):
+        view1, view2 = (view.to(args.device, non_blocking=True) for view in views)
+        terms = objective(model, view1, view2, use_memory, args)
+        soft_codes = terms.pop("soft_codes")
+        scalars = {"lr": scheduler.get_last_lr()[0]} | {name: term.item() for name, term in terms.items()}
+        total = scalars["loss/total_loss"]
+        if not math.isfinite(total):
+            raise RunError(f"the loss became {total} in epoch {epoch}, step {step}")
+        optimizer.zero_grad()
+        terms["loss/total_loss"].backward()
+        optimizer.step()
+        scheduler.step()
+        if model.memory is not None:
+            model.memory.enqueue(soft_codes)
+        for name, value in scalars.items():
+            sums[name] = sums.get(name, 0.0) + value
+            if writer:
+                writer.add_scalar(name, value, epoch * len(loader) + step)
+        bar.set_postfix(loss=f"{total:.4f}")
+    return {name: value / len(loader) for name, value in sums.items()}
+
+
+def train(
+    model: MeCoQ, splits: data.Splits, args: Namespace, files: Files, watch: Stopwatch, writer: SummaryWriter | None
+) -> list[dict]:
+    """Train with early stopping; the best model by validation MAP is left in `model.cpt`. Returns the history.
+
+    Raises RunError on a non-finite loss, naming epoch, step and the last good checkpoint.
+    """
+    loader = data.train_loader(splits, args.image_size, args.batch_size, args.num_workers, args.seed)
+    optimizer = build_optimizer(model, args)
+    scheduler = build_scheduler(optimizer, args, len(loader))
+    patience = Patience(args.monitor_counter)
+    history: list[dict] = []
+    for epoch in range(args.epoch_num):
+        try:
+            with watch.measure("train"):
+                means = train_epoch(model, loader, optimizer, scheduler, epoch, args, writer)
+        except RunError as error:
+            best = f"{files.model} (val mAP={patience.best:.6f})" if patience.best >= 0 else "none was saved yet"
+            raise RunError(f"{error}; last good checkpoint: {best}. Try a smaller --lr or a larger --T") from None
+        history.append({"epoch": epoch} | means)
+        LOG.info(
+            "epoch %d: avg loss=%.6f, avg quantization error=%.6f",
+            epoch, means["loss/total_loss"], means["quant_err"],
+        )  # fmt: skip
+        last = epoch + 1 == args.epoch_num
+        if not last and (epoch + 1) % args.eval_interval:
+            continue
+        with watch.measure("validate"):
+            value = test(model, splits, args)[0].map
+        history[-1]["val_mAP"] = value
+        LOG.info("val mAP=%.6f", value)
+        if writer:
+            writer.add_scalar("val_mAP", value, epoch)
+        if patience.improved(value):
+            save_model(model, files.model)
+        elif patience.exhausted and not last:
+            LOG.info("early stop: no better val mAP in %d evaluations", args.monitor_counter)
+            break
+    return history
+
+
+def save_model(model: MeCoQ, path: Path) -> None:
+    with atomic_write(path) as file:
+        torch.save(model.state_dict(), file)
+
+
+# ---------------------------------------------------------------- testing
+
+
+@torch.inference_mode()
+def encode(model: MeCoQ, images: data.Images, args: Namespace, hard: bool) -> Tensor:
+    """Hard codes `[n, M]` of images, or their embeddings `[n, D]`, on the CPU, in the images' order."""
+    model.eval()
+    loader = data.test_loader(images, args.image_size, args.batch_size, args.num_workers)
+    rows = []
+    for batch in progress_bar(loader, "encode database" if hard else "encode queries"):
+        z = model(batch.to(args.device, non_blocking=True))
+        rows.append((model.quantizer.hard_codes(z) if hard else z).cpu())
+    return torch.cat(rows)
+
+
+@torch.inference_mode()
+def test(model: MeCoQ, splits: data.Splits, args: Namespace) -> tuple[retrieval.Metrics, Tensor]:
+    """Encode queries and database, rank, measure. Returns the metrics and the database's codes `[n, M]`."""
+    db_codes = encode(model, splits.database, args, hard=True)
+    queries = encode(model, splits.query, args, hard=args.symmetric_distance)
+    codewords = model.quantizer.codewords()
+    if args.symmetric_distance:
+        tables = retrieval.symmetric_tables(queries.to(args.device), codewords)
+    else:
+        tables = retrieval.lookup_tables(queries.to(args.device), codewords)
+    with progress_bar(None, "rank queries", total=len(queries)) as bar:
+        metrics = retrieval.evaluate(
+            tables,
+            db_codes.to(args.device),
+            torch.from_numpy(splits.query.labels).to(args.device),
+            torch.from_numpy(splits.database.labels).to(args.device),
+            args.topK,
+            on_chunk=bar.update,
+        )
+    return metrics, db_codes
+
+
+test.__test__ = False  # not a pytest function
+
+
+# ---------------------------------------------------------------- a run
+
+
+def run(model: MeCoQ, splits: data.Splits, args: Namespace, files: Files) -> dict:
+    """Train, test the best model, and leave every file of a run. Returns what went into `metrics.json`."""
+    watch = Stopwatch()
+    write_json(files.checkpoints / "config.json", vars(args))
+    writer = None if args.disable_writer else SummaryWriter(str(files.tensorboard))
+    try:
+        history = train(model, splits, args, files, watch, writer)
+    finally:
+        if writer:
+            writer.close()
+    if history:
+        model.load_state_dict(read_state_dict(files.model, "checkpoint"))
+    else:
+        save_model(model, files.model)
+    with watch.measure("test"):
+        metrics, db_codes = test(model, splits, args)
+    LOG.info("test mAP=%.6f", metrics.map)
+    save_results(metrics, db_codes, splits, args, files)
+    results = {
+        "map": metrics.map,
+        "topK": args.topK,
+        "recipe": args.recipe,
+        "notes": args.notes,
+        "dataset": args.dataset,
+        "bits": code_bits(args),
+        "seed": args.seed,
+        "limit": args.limit,
+        "canonical_data": splits.canonical,
+        "epochs_run": len(history),
+        "best_epoch": max((h for h in history if "val_mAP" in h), key=lambda h: h["val_mAP"], default={}).get("epoch"),
+        "history": history,
+        "seconds": watch.seconds,
+        "peak_memory_mb": peak_memory(args.device),
+        "device": device_name(args.device),
+        "versions": versions(),
+    }
+    write_json(files.checkpoints / "metrics.json", results)
+    return results
+
+
+def code_bits(args: Namespace) -> int:
+    """Bits of an image's code: M log2 K."""
+    return round(args.M * math.log2(args.K))
+
+
+def save_results(
+    metrics: retrieval.Metrics, db_codes: Tensor, splits: data.Splits, args: Namespace, files: Files
+) -> None:
+    """`db_codes.npy` (uint8 for K <= 256, else uint16), `db_targets.npy` and the two curves, two rows each."""
+    codes = db_codes.numpy().astype(np.uint8 if args.K <= 256 else np.uint16)
+    for name, array in (("db_codes.npy", codes), ("db_targets.npy", splits.database.labels)):
+        with atomic_write(files.checkpoints / name) as file:
+            np.save(file, array, allow_pickle=False)
+    for name, curve in (("PR_curve.txt", metrics.pr), ("P_at_topK_curve.txt", metrics.p_at_k)):
+        with atomic_write(files.checkpoints / name) as file:
+            np.savetxt(file, curve.numpy())
+
+
+def peak_memory(device: str) -> dict[str, float | None]:
+    """Most memory ever held, in MiB: by this process, by its largest worker, and by tensors on the GPU."""
+    unit = 2**20 if sys.platform == "darwin" else 2**10  # ru_maxrss is in bytes there, in KiB on Linux
+    process, worker = (resource.getrusage(who).ru_maxrss / unit for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
+    gpu = torch.cuda.max_memory_allocated(device) / 2**20 if device.startswith("cuda") else None
+    return {"process": process, "largest_worker": worker, "gpu": gpu}
+
+
+def device_name(device: str) -> str:
+    if device.startswith("cuda"):
+        return torch.cuda.get_device_name(device)
+    return f"cpu ({platform.processor() or platform.machine()}, {torch.get_num_threads()} threads)"
+
+
+def versions() -> dict[str, str]:
+    return {
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "torchvision": torchvision.__version__,
+        "numpy": np.__version__,
+    }

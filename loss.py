@@ -1,0 +1,77 @@
+"""What is minimised? Equations 6-9 and 12-14 of the paper, as pure functions of tensors.
+
+Symbols: N images in the batch, M codebooks of K codewords, d = D / M, tau the temperature (`--T`),
+rho the positive prior rho+ (`--pos_prior`). Every function returns a scalar (shape `[]`).
+"""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def log_negative_term(log_negatives: Tensor, log_positive: Tensor, T: float, pos_prior: float) -> Tensor:
+    """Logarithm of the debiased negative term of Eq. 7 and 13 (Chuang et al. 2020), `[B]`.
+
+        max( (sum_j exp(s-_j / tau) - n rho exp(s+ / tau)) / (1 - rho),  n exp(-1 / tau) )
+
+    Computed from logarithms only, so that no exponential overflows or vanishes at any tau.
+
+    Args:
+        log_negatives: `[B, n]`, s-_j / tau; -inf where a column is no negative of that row, the same number
+            in every row.
+        log_positive: `[B]`, s+ / tau.
+    """
+    n = int((log_negatives[:1] > -math.inf).sum())
+    if n == 0:
+        return torch.full_like(log_positive, -math.inf)
+    total = log_negatives.logsumexp(dim=1)
+    if pos_prior > 0:
+        # log(e^a - e^b) = a + log(1 - e^(b-a)); where b >= a the bound below takes over and its gradient with it
+        gap = math.log(n * pos_prior) + log_positive - total
+        total = total + torch.log(-torch.expm1(gap.clamp(max=-torch.finfo(gap.dtype).eps)))
+    return (total - math.log1p(-pos_prior)).clamp(min=math.log(n) - 1 / T)
+
+
+def contrastive_loss(
+    view1: Tensor, view2: Tensor, memory: Tensor | None = None, *, T: float, pos_prior: float = 0.0
+) -> Tensor:
+    """Debiased contrastive loss over soft reconstructions, Eq. 6-7; with the code memory, Eq. 12-13.
+
+    Each of the 2N views is a query whose positive is the other view of its image and whose negatives are the
+    2N - 2 views of the other images and, if given, all N_M memory entries; similarity is the cosine.
+
+        loss = -mean_q log( exp(s+/tau) / (exp(s+/tau) + negative term) )
+
+    Args:
+        view1, view2: `[N, D]` reconstructions of the two views.
+        memory: `[N_M, D]` reconstructions of the code memory; no gradient flows to the codes behind them.
+    """
+    queries = F.normalize(torch.cat([view1, view2]), dim=1)  # [2N, D]
+    positives = queries.roll(len(view1), dims=0)  # [2N, D]: the other view of each image
+    log_positive = (queries * positives).sum(dim=1) / T  # [2N]
+    same_image = torch.eye(len(view1), dtype=torch.bool, device=queries.device).repeat(2, 2)
+    log_negatives = (queries @ queries.T / T).masked_fill(same_image, -math.inf)  # [2N, 2N]
+    if memory is not None and len(memory):
+        log_negatives = torch.cat([log_negatives, queries @ F.normalize(memory, dim=1).T / T], dim=1)
+    log_negative = log_negative_term(log_negatives, log_positive, T, pos_prior)
+    return (torch.logaddexp(log_positive, log_negative) - log_positive).mean()
+
+
+def codeword_diversity(codewords: Tensor) -> Tensor:
+    """Omega, Eq. 8: the mean of c_i^m . c_j^m over all m, i, j; `codewords` `[M, K, d]` of unit length.
+
+    The mean over all pairs is the squared length of the mean codeword.
+    """
+    return codewords.mean(dim=1).square().sum(dim=1).mean()
+
+
+def code_entropy(soft_codes: Tensor) -> Tensor:
+    """Mean entropy (nats) of soft codes `[B, M, K]`: the released code's extra term, absent from the paper."""
+    return torch.special.entr(soft_codes).sum(dim=-1).mean()
+
+
+def quantization_error(segments: Tensor, reconstruction: Tensor) -> Tensor:
+    """Mean squared difference of unit segments `[B, M, d]` and their soft reconstructions `[B, M, d]`."""
+    return (segments - reconstruction).square().mean()

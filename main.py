@@ -1,0 +1,258 @@
+"""What did the user ask for? Flags -> one run: data, network, training, test.
+
+    python main.py --dataset CIFAR10 --protocol II --M 4 --feat_dim 48 ... --notes CifarII32bits
+"""
+
+import argparse
+import json
+import math
+import re
+import sys
+from argparse import Namespace
+from pathlib import Path
+from typing import NoReturn
+
+import torch
+
+import data
+import engine
+from network import BACKBONES, MeCoQ, build_backbone
+from utils import LOG, InputError, RunError, check_writable, logging_to, seed_everything
+
+# A recipe is a set of defaults; a flag that the user gives wins.
+RECIPES: dict[str, dict[str, object]] = {
+    "paper": {"hp_lambda": 0.0},
+}
+
+
+class Parser(argparse.ArgumentParser):
+    """Says what is wrong in one line instead of printing the usage."""
+
+    def error(self, message: str) -> NoReturn:
+        raise InputError(message.removeprefix("argument "))
+
+
+def build_parser() -> Parser:
+    """All flags, grouped by topic. Those whose default depends on others say so and start as None."""
+    parser = Parser(
+        description="MeCoQ: contrastive quantization with code memory for unsupervised image retrieval.",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    _add_run_flags(parser.add_argument_group("run"))
+    _add_data_flags(parser.add_argument_group("data"))
+    _add_network_flags(parser.add_argument_group("backbone and quantizer (Eq. 1-5)"))
+    _add_loss_flags(parser.add_argument_group("loss and code memory (Eq. 6-14)"))
+    _add_optimizer_flags(parser.add_argument_group("optimisation"))
+    _add_test_flags(parser.add_argument_group("test (Eq. 15-18)"))
+    return parser
+
+
+def _add_run_flags(group: argparse._ArgumentGroup) -> None:
+    add = group.add_argument
+    add("--notes", help="name of the run and of its files (default: made of data set, protocol and bits)")
+    add("--recipe", choices=sorted(RECIPES), default="paper",
+        help="set of defaults: 'paper' is what the paper's equations say (default: %(default)s)")
+    add("--device", default="cpu", help="cpu, cuda or cuda:N (default: %(default)s)")
+    add("--seed", type=int, default=2021, help="seed of splits, weights, order and views (default: %(default)s)")
+    add("--output", default=".", metavar="DIR", help="logs/ and checkpoints/ go below it (default: current folder)")
+    add("--disable_writer", action="store_true", help="write no TensorBoard files")
+    add("--dry_run", action="store_true",
+        help="check the flags, print the resolved configuration as JSON, touch neither data nor device")  # fmt: skip
+
+
+def _add_data_flags(group: argparse._ArgumentGroup) -> None:
+    add = group.add_argument
+    add("--dataset", choices=["CIFAR10", "Digits"], default="CIFAR10",
+        help="Digits is small and comes with scikit-learn (default: %(default)s)")
+    add("--protocol", "--protocal", choices=["I", "II"], default="I",
+        help="CIFAR-10: train on 50,000 (I) or 5,000 (II) images; the others ignore it (default: %(default)s)")
+    add("--data_root", default="datasets", metavar="DIR",
+        help="folder with CIFAR-10/cifar-10-batches-py (default: %(default)s)")
+    add("--download_cifar10", action="store_true", help="download CIFAR-10 first if it is not there")
+    add("--image_size", type=int, default=224, help="S, side of the network's input in pixels (default: %(default)s)")
+    add("--num_workers", type=int, default=10,
+        help="processes that prepare images, at most one a core is started (default: %(default)s)")
+    add("--limit", type=int, metavar="N", help="use N images a split only, to try things out (default: all)")  # fmt: skip
+
+
+def _add_network_flags(group: argparse._ArgumentGroup) -> None:
+    add = group.add_argument
+    add("--backbone", choices=sorted(BACKBONES), default="vgg16",
+        help="feature extractor; convnet is small and trained from scratch (default: %(default)s)")
+    add("--weights", metavar="{imagenet,random,PATH}",
+        help="of the backbone; PATH: a state dict with torchvision's keys (default: imagenet; convnet: random)")
+    add("--vgg_model_path", metavar="PATH", help="the same as --weights PATH")
+    add("--trainable_layer_num", type=int, default=0,
+        help="trained blocks of the backbone, from its end; vgg16: 0, 1 (fc7) or 2 (fc6, fc7) (default: %(default)s)")
+    add("--precision", choices=["bf16", "fp32"], default="bf16",
+        help="of the frozen part of the backbone; all that is learned is float32 (default: %(default)s)")
+    add("--feat_dim", type=int, default=64, help="D, dimensions of the embedding (default: %(default)s)")
+    add("--M", type=int, default=4, help="M, number of codebooks: a code has M log2 K bits (default: %(default)s)")
+    add("--K", type=int, default=256, help="K, codewords a codebook (default: %(default)s)")
+    add("--alpha", type=float, default=10.0,
+        help="alpha, sharpness of the soft codes, Eq. 2 (default: %(default)s)")  # fmt: skip
+
+
+def _add_loss_flags(group: argparse._ArgumentGroup) -> None:
+    add = group.add_argument
+    add("--T", type=float, default=0.1, help="tau, temperature, Eq. 6 (default: %(default)s)")
+    add("--mode", choices=["simple", "debias"], default="simple",
+        help="contrastive loss without (rho+ = 0) or with debiasing, Eq. 7 (default: %(default)s)")
+    add("--pos_prior", type=float, default=0.0,
+        help="rho+, share of false negatives, in [0, 1); counts with --mode debias (default: %(default)s)")
+    add("--hp_beta", type=float, default=5e-6, help="beta, weight decay, Eq. 14 (default: %(default)s)")
+    add("--hp_gamma", type=float, default=0.5,
+        help="gamma, weight of the codeword diversity Omega, Eq. 8 and 14 (default: %(default)s)")
+    add("--hp_lambda", type=float,
+        help="lambda, weight of the mean entropy of the soft codes, a term of the released code (default there: 1) "
+        "that the paper does not have (default: 0 with --recipe paper)")
+    add("--queue_begin_epoch", type=int, default=-1,
+        help="first epoch (from 0) that uses the code memory, Eq. 12-13; -1: never (default: %(default)s)")
+    add("--queue_size", type=int, default=384,
+        help="N_M, soft codes that the memory holds (default: %(default)s)")  # fmt: skip
+
+
+def _add_optimizer_flags(group: argparse._ArgumentGroup) -> None:
+    add = group.add_argument
+    add("--epoch_num", type=int, default=50, help="epochs; 0 tests the untrained model (default: %(default)s)")
+    add("--batch_size", type=int, default=128, help="N, images a step (default: %(default)s)")
+    add("--optimizer", choices=["SGD", "Adam"], default="SGD", help="(default: %(default)s)")
+    add("--lr", type=float, default=0.01, help="highest learning rate (default: %(default)s)")
+    add("--lr_scaling", type=float,
+        help="learning rate of trained backbone blocks, as a share of --lr (default: 0.001; convnet: 1)")
+    add("--momentum", type=float, default=0.9, help="of SGD (default: %(default)s)")
+    add("--disable_scheduler", action="store_true", help="keep --lr throughout: no warm-up, no cosine")
+    add("--warmup_epoch_num", type=int, default=1,
+        help="epochs of linear rise from --start_lr to --lr (default: %(default)s)")
+    add("--start_lr", type=float, default=1e-5, help="learning rate of the first step (default: %(default)s)")
+    add("--final_lr", type=float, default=1e-5, help="where the cosine ends (default: %(default)s)")  # fmt: skip
+
+
+def _add_test_flags(group: argparse._ArgumentGroup) -> None:
+    add = group.add_argument
+    add("--topK", type=int, help="K of MAP@K and P@K (default: the whole database)")
+    add("--symmetric_distance", action="store_true", help="quantize the queries too")
+    add("--eval_interval", type=int, default=1, help="epochs between validations (default: %(default)s)")
+    add("--monitor_counter", type=int, default=10,
+        help="validations without a better MAP before training stops (default: %(default)s)")  # fmt: skip
+
+
+# ---------------------------------------------------------------- resolving and checking
+
+
+def resolve(args: Namespace) -> Namespace:
+    """Fill in the defaults that depend on other flags: the recipe's, the backbone's, the name's."""
+    for name, value in RECIPES[args.recipe].items():
+        if getattr(args, name) is None:
+            setattr(args, name, value)
+    from_scratch = args.backbone == "convnet"
+    if args.weights and args.vgg_model_path and args.weights != args.vgg_model_path:
+        raise InputError("--weights and --vgg_model_path name different weights: give one of them")
+    args.weights = args.weights or args.vgg_model_path or ("random" if from_scratch else "imagenet")
+    del args.vgg_model_path
+    if args.lr_scaling is None:
+        args.lr_scaling = 1.0 if from_scratch else 1e-3
+    if args.mode == "simple":
+        args.pos_prior = 0.0
+    check(args)
+    if args.notes is None:
+        protocol = args.protocol if args.dataset == "CIFAR10" else ""
+        args.notes = f"{args.dataset}{protocol}{engine.code_bits(args)}bits"
+    return args
+
+
+def check(args: Namespace) -> None:
+    """Raise InputError on the first flag whose value makes no sense, alone or beside the others."""
+
+    def require(fine: bool, flag: str, rule: str) -> None:
+        if not fine:
+            raise InputError(f"--{flag} {getattr(args, flag)}: {rule}")
+
+    for flag, value in vars(args).items():
+        require(not isinstance(value, float) or math.isfinite(value), flag, "must be a finite number")
+    for flag in ("image_size", "feat_dim", "M", "queue_size", "eval_interval", "monitor_counter"):
+        require(getattr(args, flag) >= 1, flag, "must be at least 1")
+    for flag in ("limit", "topK"):
+        require(getattr(args, flag) is None or getattr(args, flag) >= 1, flag, "must be at least 1")
+    for flag in ("num_workers", "epoch_num", "trainable_layer_num", "warmup_epoch_num", "seed"):
+        require(getattr(args, flag) >= 0, flag, "must not be negative")
+    for flag in ("hp_beta", "hp_gamma", "hp_lambda", "start_lr", "final_lr", "lr_scaling"):
+        require(getattr(args, flag) >= 0, flag, "must not be negative")
+    for flag in ("T", "alpha", "lr"):
+        require(getattr(args, flag) > 0, flag, "must be positive")
+    require(0 <= args.momentum < 1, "momentum", "must be in [0, 1)")
+    require(0 <= args.pos_prior < 1, "pos_prior", "must be in [0, 1)")
+    require(2 <= args.K <= 65536, "K", "must be from 2 to 65536, two bytes a codebook at most")
+    require(args.feat_dim % args.M == 0, "feat_dim", f"must be a multiple of --M {args.M}: one segment a codebook")
+    require(args.batch_size >= 2, "batch_size", "must be at least 2: a batch of one has no negatives")
+    require(args.queue_begin_epoch >= -1, "queue_begin_epoch", "must be an epoch from 0, or -1 for no memory")
+    most = BACKBONES[args.backbone][1]
+    require(args.trainable_layer_num <= most, "trainable_layer_num", f"{args.backbone} has {most} blocks to train")
+    require(args.image_size >= 32 or args.backbone == "convnet", "image_size", f"{args.backbone} needs at least 32")
+    require(args.image_size >= 8, "image_size", "convnet needs at least 8")
+    require(args.backbone != "convnet" or args.weights != "imagenet", "weights", "convnet has none: use random")
+    require(re.fullmatch(r"cpu|cuda(:\d+)?", args.device) is not None, "device", "must be cpu, cuda or cuda:N")
+    require(
+        args.notes is None or re.fullmatch(r"\w[\w.+=-]*", args.notes) is not None,
+        "notes",
+        "names files: use letters, digits and . _ + = - only",
+    )
+
+
+def check_device(device: str) -> None:
+    """Raise InputError where the device that was asked for is not there."""
+    if device == "cpu":
+        return
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    index = int(device.partition(":")[2] or 0)
+    if index >= count:
+        found = f"this machine has {count} usable" if count else "no usable CUDA device was found"
+        raise InputError(f"--device {device}: {found}; use --device cpu or another number")
+
+
+# ---------------------------------------------------------------- the run
+
+
+def run(args: Namespace) -> None:
+    """Build what the flags describe, train and test it. Raises InputError or RunError."""
+    check_device(args.device)
+    files = engine.Files(Path(args.output), args.notes)
+    for folder in (files.log.parent, files.checkpoints):
+        check_writable(folder)
+    with logging_to(files.log):
+        LOG.info("recipe %s, configuration: %s", args.recipe, json.dumps(vars(args)))
+        seed_everything(args.seed)
+        splits = data.load_splits(
+            args.dataset, args.protocol, args.seed, Path(args.data_root), args.download_cifar10, args.limit
+        )
+        LOG.info("%d training images, %d queries, %d in the database", *map(len, (splits.train, splits.query, splits.database)))
+        backbone = build_backbone(args.backbone, args.weights, args.trainable_layer_num, args.precision == "bf16")
+        queue_size = args.queue_size if args.queue_begin_epoch >= 0 else None
+        model = MeCoQ(backbone, args.feat_dim, args.M, args.K, args.alpha, queue_size).to(args.device)
+        engine.run(model, splits, args, files)
+        LOG.info("results are in %s", files.checkpoints)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Exit code 0; 2 for bad input; 1 for a run that failed; 130 when interrupted."""
+    try:
+        args = resolve(build_parser().parse_args(argv))
+        if args.dry_run:
+            print(json.dumps(vars(args), indent=2))
+        else:
+            run(args)
+    except InputError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except RunError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

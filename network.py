@@ -1,0 +1,253 @@
+"""What is learned? Backbones, codebook attention (the quantizer), the code memory, and MeCoQ made of them."""
+
+import pickle
+from collections.abc import Callable
+from contextlib import nullcontext
+from pathlib import Path
+from urllib.error import URLError
+
+import torch
+import torch.nn.functional as F
+import torchvision
+from torch import Tensor, nn
+
+from utils import InputError
+
+# ---------------------------------------------------------------- backbones
+
+
+class Backbone(nn.Module):
+    """Images `[B, 3, S, S]` -> features `[B, dim]`: a frozen prefix, then the trained blocks.
+
+    `net` keeps the names that torchvision gives its parameters. The frozen prefix runs without gradients, in
+    bfloat16 if asked; its dropout is active in training mode, its batch statistics never change.
+    """
+
+    def __init__(self, net: nn.Module, blocks: list[nn.Module], dim: int, trained: int, bf16: bool) -> None:
+        super().__init__()
+        self.net, self.dim, self.bf16 = net, dim, bf16
+        self.split = len(blocks) - trained
+        self.blocks = tuple(blocks)  # a tuple: they are registered in `net` already
+        self.net.requires_grad_(False)
+        for block in self.blocks[self.split :]:
+            block.requires_grad_(True)
+
+    def train(self, mode: bool = True) -> "Backbone":
+        super().train(mode)
+        for block in self.blocks[: self.split]:
+            for module in block.modules():
+                if isinstance(module, nn.modules.batchnorm._BatchNorm):
+                    module.eval()
+        return self
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x.contiguous(memory_format=torch.channels_last)
+        with torch.no_grad(), torch.autocast(x.device.type, torch.bfloat16) if self.bf16 else nullcontext():
+            for block in self.blocks[: self.split]:
+                x = block(x)
+        x = x.float()
+        for block in self.blocks[self.split :]:
+            x = block(x)
+        return x
+
+
+def _vgg16(net: nn.Module) -> tuple[list[nn.Module], int]:
+    """conv1 ... fc7; the blocks that may be trained are fc6 and fc7, each with its ReLU and dropout."""
+    fc = net.classifier
+    net.classifier = nn.Sequential(*fc[:6])
+    return [nn.Sequential(net.features, net.avgpool, nn.Flatten()), fc[:3], fc[3:6]], 4096
+
+
+def _squeezenet1_0(net: nn.Module) -> tuple[list[nn.Module], int]:
+    """Pooled output of the last of eight Fire modules, each a block."""
+    net.classifier = nn.Identity()
+    pool = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten())
+    f = net.features
+    blocks = [f[:3], f[3], f[4], f[5:7], f[7], f[8], f[9], f[10:12], nn.Sequential(f[12], pool)]
+    return blocks, 512
+
+
+def _resnet(net: nn.Module) -> tuple[list[nn.Module], int]:
+    """Pooled output of the last residual block; every residual block is a block."""
+    dim = net.fc.in_features
+    net.fc = nn.Identity()
+    stem = nn.Sequential(net.conv1, net.bn1, net.relu, net.maxpool)
+    residual = [block for layer in (net.layer1, net.layer2, net.layer3, net.layer4) for block in layer]
+    last = nn.Sequential(residual[-1], net.avgpool, nn.Flatten())
+    return [stem, *residual[:-1], last], dim
+
+
+class ConvNet(nn.Sequential):
+    """A small network for small images, trained from scratch: three blocks of two 3x3 convolutions."""
+
+    def __init__(self) -> None:
+        widths = (3, 32, 64, 128)
+        super().__init__(
+            *(self.block(i, o) for i, o in zip(widths[:-1], widths[1:], strict=True)),
+            nn.Sequential(nn.AdaptiveAvgPool2d(2), nn.Flatten()),
+        )
+
+    @staticmethod
+    def block(inputs: int, outputs: int) -> nn.Sequential:
+        def convolution(i: int) -> list[nn.Module]:
+            return [nn.Conv2d(i, outputs, 3, padding=1, bias=False), nn.BatchNorm2d(outputs), nn.ReLU(inplace=True)]
+
+        return nn.Sequential(*convolution(inputs), *convolution(outputs), nn.MaxPool2d(2))
+
+
+def _convnet(net: nn.Module) -> tuple[list[nn.Module], int]:
+    """All of it is trained, whatever `--trainable_layer_num`: it has no pretrained weights to keep."""
+    return [net], 512
+
+
+# name -> how its head is cut off and its body into blocks, (network) -> (blocks, feature size);
+#         and how many of the last blocks `--trainable_layer_num` may name
+BACKBONES: dict[str, tuple[Callable, int]] = {
+    "vgg16": (_vgg16, 2),
+    "squeezenet1_0": (_squeezenet1_0, 8),
+    "resnet18": (_resnet, 8),
+    "resnet50": (_resnet, 16),
+    "convnet": (_convnet, 1),
+}
+
+
+def build_backbone(name: str, weights: str, trainable_layer_num: int, bf16: bool) -> Backbone:
+    """A backbone of `BACKBONES` with its weights.
+
+    Args:
+        weights: "imagenet" (torchvision downloads them), "random", or the path of a state dict with torchvision's keys.
+        trainable_layer_num: blocks trained, counted from the end.
+        bf16: run the frozen prefix in bfloat16.
+
+    Raises InputError where weights can not be had or do not fit.
+    """
+    net = ConvNet() if name == "convnet" else torchvision.models.get_model(name, weights=None)
+    known = set(net.state_dict())
+    blocks, dim = BACKBONES[name][0](net)
+    if weights != "random":
+        state = _imagenet_state(name) if weights == "imagenet" else read_state_dict(Path(weights), "--weights")
+        _load_weights(net, state, known, f"--weights {weights}: do not fit {name}")
+    trained = len(blocks) if name == "convnet" else trainable_layer_num
+    return Backbone(net.to(memory_format=torch.channels_last), blocks, dim, trained, bf16)
+
+
+def _imagenet_state(name: str) -> dict[str, Tensor]:
+    try:
+        return torchvision.models.get_model_weights(name).IMAGENET1K_V1.get_state_dict(progress=True, check_hash=True)
+    except (URLError, OSError, RuntimeError) as error:
+        raise InputError(
+            f"--weights imagenet: {name} could not be downloaded ({error}): check the network, or fetch its torchvision "
+            "state dict elsewhere and pass --weights PATH"
+        ) from error
+
+
+def read_state_dict(path: Path, flag: str) -> dict[str, Tensor]:
+    """A state dict from a file. Raises InputError naming `flag` and the file where there is none in it."""
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise InputError(f"{flag}: {path} does not exist") from None
+    except (OSError, RuntimeError, EOFError, ValueError, KeyError, pickle.UnpicklingError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise InputError(f"{flag}: {path} is not a readable PyTorch state dict ({reason})") from error
+    if not isinstance(state, dict) or not all(isinstance(v, Tensor) for v in state.values()):
+        raise InputError(f"{flag}: {path} is not a state dict (names -> tensors)")
+    return state
+
+
+def _load_weights(net: nn.Module, state: dict[str, Tensor], known: set[str], fault: str) -> None:
+    """Load a torchvision state dict into a network whose head is gone; keys of the head (in `known`) are passed over."""
+    for key, value in net.state_dict().items():
+        if key not in state and not key.endswith("num_batches_tracked"):
+            raise InputError(f"{fault}: {key} is missing")
+        if key in state and state[key].shape != value.shape:
+            raise InputError(f"{fault}: {key} is {list(state[key].shape)} instead of {list(value.shape)}")
+    for key in state:
+        if key not in known:
+            raise InputError(f"{fault}: {key} is not part of it")
+    net.load_state_dict({k: v for k, v in state.items() if k in net.state_dict()}, strict=False)
+
+
+# ---------------------------------------------------------------- quantizer and memory
+
+
+class CodebookAttention(nn.Module):
+    """The quantizer: M codebooks of K codewords of d = D / M dimensions, Eq. 1-5 and 15.
+
+    Codewords are stored with a small norm and normalised where they are used: their direction alone matters, and
+    a short vector turns further for the same gradient, which lets them keep up with the projection.
+    """
+
+    INITIAL_NORM = 0.1
+
+    def __init__(self, M: int, K: int, D: int, alpha: float) -> None:
+        super().__init__()
+        self.M, self.K, self.d, self.alpha = M, K, D // M, alpha
+        self.codebooks = nn.Parameter(self.INITIAL_NORM * F.normalize(torch.randn(M, K, self.d), dim=-1))
+
+    def codewords(self) -> Tensor:
+        """Unit codewords `[M, K, d]`."""
+        return F.normalize(self.codebooks, dim=-1)
+
+    def segments(self, z: Tensor) -> Tensor:
+        """Embeddings `[B, D]` -> unit segments `[B, M, d]`."""
+        return F.normalize(z.view(-1, self.M, self.d), dim=-1)
+
+    def forward(self, z: Tensor) -> tuple[Tensor, Tensor]:
+        """Embeddings `[B, D]` -> soft codes p `[B, M, K]` (Eq. 2-5) and soft reconstruction `[B, M, d]` (Eq. 1)."""
+        codewords = self.codewords()
+        similarity = torch.einsum("bmd,mkd->bmk", self.segments(z), codewords)
+        soft_codes = (self.alpha * similarity).softmax(dim=-1)
+        return soft_codes, self.reconstruct(soft_codes, codewords)
+
+    @staticmethod
+    def reconstruct(soft_codes: Tensor, codewords: Tensor) -> Tensor:
+        """Soft codes `[B, M, K]` and codewords `[M, K, d]` -> `[B, M, d]`, Eq. 1."""
+        return torch.einsum("bmk,mkd->bmd", soft_codes, codewords)
+
+    def hard_codes(self, z: Tensor) -> Tensor:
+        """Embeddings `[B, D]` -> codes `[B, M]`, the nearest codeword of each codebook, Eq. 15.
+
+        uint8 (one byte a codebook) for K <= 256, else int32.
+        """
+        nearest = torch.einsum("bmd,mkd->bmk", self.segments(z), self.codewords()).argmax(dim=-1)
+        return nearest.to(torch.uint8 if self.K <= 256 else torch.int32)
+
+
+class CodeMemory(nn.Module):
+    """A queue of the last `size` soft codes, `[size, M, K]`; the oldest leave first. Slots never filled stay out."""
+
+    def __init__(self, size: int, M: int, K: int) -> None:
+        super().__init__()
+        self.size = size
+        self.next = 0  # the slot that is written next: the oldest one once the queue is full
+        self.filled = 0
+        self.register_buffer("codes", torch.zeros(size, M, K), persistent=False)
+
+    @torch.no_grad()
+    def enqueue(self, soft_codes: Tensor) -> None:
+        """Append soft codes `[B, M, K]`, in their order; any B."""
+        soft_codes = soft_codes[-self.size :].detach()
+        slots = (self.next + torch.arange(len(soft_codes), device=self.codes.device)) % self.size
+        self.codes[slots] = soft_codes
+        self.next = (self.next + len(soft_codes)) % self.size
+        self.filled = min(self.filled + len(soft_codes), self.size)
+
+    def entries(self) -> Tensor:
+        """The soft codes held, `[filled, M, K]`, in no particular order."""
+        return self.codes[: self.filled]
+
+
+class MeCoQ(nn.Module):
+    """Backbone, linear projection to D dimensions, quantizer, and (in training) the code memory."""
+
+    def __init__(self, backbone: Backbone, D: int, M: int, K: int, alpha: float, queue_size: int | None) -> None:
+        super().__init__()
+        self.backbone = backbone
+        self.projection = nn.Linear(backbone.dim, D)
+        self.quantizer = CodebookAttention(M, K, D, alpha)
+        self.memory = CodeMemory(queue_size, M, K) if queue_size else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Images `[B, 3, S, S]` -> embeddings z `[B, D]`."""
+        return self.projection(self.backbone(x))

@@ -1,0 +1,111 @@
+"""How good is it? Lookup tables, ranking and metrics, as pure functions of tensors.
+
+Q queries, n database images, M codebooks of K codewords. Scores are similarities: larger is nearer. Equal scores
+rank in database order, so a result does not depend on the device. Metrics are averaged in float64.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+CHUNK_ELEMENTS = 2**24  # scores held at a time: bounds memory at about 0.5 GB whatever the database
+
+
+def lookup_tables(queries: Tensor, codewords: Tensor, normalize_query: bool = True) -> Tensor:
+    """Tables of the asymmetric quantized similarity, Eq. 16: `[Q, M, K]` with z_q^m . c_k^m / ||z_q^m||.
+
+    Args:
+        queries: `[Q, D]` embeddings.
+        codewords: `[M, K, d]`, d = D / M.
+        normalize_query: divide each segment by its length, as Eq. 16 does.
+    """
+    M, _, d = codewords.shape
+    segments = queries.view(-1, M, d)
+    if normalize_query:
+        segments = F.normalize(segments, dim=-1)
+    return torch.einsum("qmd,mkd->qmk", segments, codewords)
+
+
+def symmetric_tables(query_codes: Tensor, codewords: Tensor) -> Tensor:
+    """Tables for quantized queries: `[Q, M, K]`, the rows of C^m C^mT that `query_codes` `[Q, M]` select."""
+    inner = torch.einsum("mkd,mjd->mkj", codewords, codewords)
+    return torch.stack([inner[m][query_codes[:, m].long()] for m in range(len(codewords))], dim=1)
+
+
+def aqs_scores(tables: Tensor, db_codes: Tensor) -> Tensor:
+    """Scores, Eq. 17: `[Q, n]`, the sum over m of `tables[:, m, db_codes[:, m]]`, added in the order of m."""
+    codes = db_codes.long()
+    scores = tables[:, 0].index_select(1, codes[:, 0])
+    for m in range(1, tables.shape[1]):
+        scores += tables[:, m].index_select(1, codes[:, m])
+    return scores
+
+
+def relevance(query_labels: Tensor, db_labels: Tensor) -> Tensor:
+    """`[Q, n]` bool. Class ids `[n]`: the same class; multi-hot rows `[n, L]`: at least one label shared."""
+    if query_labels.dim() == 1:
+        return query_labels[:, None] == db_labels[None, :]
+    return query_labels.float() @ db_labels.float().T > 0
+
+
+@dataclass
+class Metrics:
+    """`map`: MAP@K, a fraction. `pr`: `[2, n]`, recall and precision after 1 ... n images.
+    `p_at_k`: `[2, K]`, 1 ... K and the precision there. All are means over queries."""
+
+    map: float
+    pr: Tensor
+    p_at_k: Tensor
+
+
+def average_precision(ranked: Tensor) -> Tensor:
+    """AP of each row of `ranked` `[Q, K]` (relevant or not, best first): the precision at each hit, averaged
+    over the hits in the K; 0 without a hit. `[Q]` float64.
+
+    Eq. 18 as printed divides by all relevant images instead, which cannot give the published values.
+    """
+    hits = ranked.cumsum(dim=1, dtype=torch.float64)
+    ranks = torch.arange(1, ranked.shape[1] + 1, dtype=torch.float64, device=ranked.device)
+    return (hits / ranks * ranked).sum(dim=1) / hits[:, -1].clamp(min=1)
+
+
+def evaluate(
+    tables: Tensor,
+    db_codes: Tensor,
+    query_labels: Tensor,
+    db_labels: Tensor,
+    topK: int | None = None,
+    on_chunk: Callable[[int], object] = lambda queries: None,
+) -> Metrics:
+    """Rank the database for every query and measure MAP@K, the PR curve and precision at 1 ... K.
+
+    A query without any relevant image counts with AP, recall and precision 0.
+
+    Args:
+        tables: `[Q, M, K]` from `lookup_tables` or `symmetric_tables`.
+        db_codes: `[n, M]` integer codes.
+        query_labels, db_labels: class ids `[Q]`, `[n]`, or multi-hot `[Q, L]`, `[n, L]`.
+        topK: the K of MAP@K; None or anything above n means the whole database.
+        on_chunk: called with the number of queries done after each chunk (a progress bar).
+    """
+    Q, n = len(tables), len(db_codes)
+    topK = min(topK or n, n)
+    ap_sum = torch.zeros((), dtype=torch.float64, device=tables.device)
+    recall_sum = torch.zeros(n, dtype=torch.float64, device=tables.device)
+    precision_sum = torch.zeros(n, dtype=torch.float64, device=tables.device)
+    ranks = torch.arange(1, n + 1, dtype=torch.float64, device=tables.device)
+    chunk = max(1, CHUNK_ELEMENTS // n)
+    for start in range(0, Q, chunk):
+        part = slice(start, start + chunk)
+        order = aqs_scores(tables[part], db_codes).argsort(dim=1, descending=True, stable=True)
+        ranked = relevance(query_labels[part], db_labels).gather(1, order)
+        ap_sum += average_precision(ranked[:, :topK]).sum()
+        hits = ranked.cumsum(dim=1, dtype=torch.float32)  # exact: counts stay below 2^24
+        precision_sum += hits.sum(dim=0, dtype=torch.float64) / ranks
+        recall_sum += (hits / hits[:, -1:].clamp(min=1)).sum(dim=0, dtype=torch.float64)
+        on_chunk(len(order))
+    pr = torch.stack([recall_sum, precision_sum]).cpu() / Q
+    return Metrics(float(ap_sum / Q), pr, torch.stack([ranks[:topK].cpu(), pr[1, :topK]]))

@@ -1,0 +1,145 @@
+"""What does everyone need? Errors, seeding, logging, the learning-rate schedule, patience, atomic files."""
+
+import json
+import logging
+import math
+import os
+import random
+import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO, Any
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+LOG = logging.getLogger("mecoq")
+
+
+class InputError(Exception):
+    """The user's input is wrong (a flag, a file, a missing data set): one line, exit code 2."""
+
+
+class RunError(Exception):
+    """The run itself went wrong (a non-finite loss): one line, exit code 1."""
+
+
+def seed_everything(seed: int) -> None:
+    """Seed every global generator. Data order and views do not use them: see `sample_seed`."""
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.manual_seed(seed)
+
+
+def sample_seed(*parts: int) -> int:
+    """One 63-bit seed from several numbers, say (seed, epoch, image): the same on every machine."""
+    words = np.random.SeedSequence([part % 2**64 for part in parts]).generate_state(2, np.uint32)
+    return (int(words[0]) << 31) ^ int(words[1])
+
+
+def learning_rate(
+    step: int, steps_per_epoch: int, epochs: int, warmup_epochs: int, start: float, base: float, final: float
+) -> float:
+    """Learning rate of one optimisation step (0-based): a linear rise from `start` to `base` whose last
+    warm-up step has reached `base`, then half a cosine from `base` towards `final`."""
+    warmup = warmup_epochs * steps_per_epoch
+    if step < warmup:
+        return start + (base - start) * step / max(warmup - 1, 1)
+    progress = (step - warmup) / max(epochs * steps_per_epoch - warmup, 1)
+    return final + (base - final) * (1 + math.cos(math.pi * progress)) / 2
+
+
+class Patience:
+    """Keeps the best value seen and says when `limit` values in a row were no better."""
+
+    def __init__(self, limit: int) -> None:
+        self.limit = limit
+        self.best = -math.inf
+        self.worse_in_a_row = 0
+
+    def improved(self, value: float) -> bool:
+        """Take the next value; True where it is strictly better than all before it."""
+        if value > self.best:
+            self.best, self.worse_in_a_row = value, 0
+            return True
+        self.worse_in_a_row += 1
+        return False
+
+    @property
+    def exhausted(self) -> bool:
+        return self.worse_in_a_row >= self.limit
+
+
+def progress_bar(iterable: Any, description: str, total: int | None = None) -> tqdm:
+    """A tqdm bar that is silent where standard error is no terminal."""
+    return tqdm(iterable, desc=description, total=total, leave=False, disable=not sys.stderr.isatty())
+
+
+class _LogThroughTqdm(logging.StreamHandler):
+    """Writes log lines to standard output without tearing a progress bar."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        with tqdm.external_write_mode(file=self.stream):
+            super().emit(record)
+
+
+@contextmanager
+def logging_to(path: Path) -> Iterator[None]:
+    """Log lines go to the screen and are appended to `path` for as long as the context lasts."""
+    formatter = logging.Formatter("%(asctime)s - %(message)s")
+    handlers = [_LogThroughTqdm(sys.stdout), logging.FileHandler(path, encoding="utf-8")]
+    LOG.setLevel(logging.INFO)
+    LOG.propagate = False
+    for handler in handlers:
+        handler.setFormatter(formatter)
+        LOG.addHandler(handler)
+    try:
+        yield
+    finally:
+        for handler in handlers:
+            LOG.removeHandler(handler)
+        handlers[1].close()
+
+
+@contextmanager
+def atomic_write(path: Path, mode: str = "wb") -> Iterator[IO]:
+    """Open a temporary file beside `path` and rename it onto `path` once all is written and on disk.
+
+    Whatever happens, `path` holds either its old content or the whole new one.
+    """
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(handle, mode, encoding=None if "b" in mode else "utf-8") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        umask = os.umask(0)
+        os.umask(umask)
+        os.chmod(temporary, 0o666 & ~umask)  # mkstemp's 0600 would hide results from colleagues
+        os.replace(temporary, path)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
+
+
+def write_json(path: Path, content: dict) -> None:
+    """Write `content` as indented JSON, atomically."""
+    with atomic_write(path, "w") as file:
+        json.dump(content, file, indent=2)
+        file.write("\n")
+
+
+def check_writable(folder: Path) -> None:
+    """Create `folder` and prove that a file can be written there.
+
+    Raises InputError with the reason where it can not.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise InputError(f"--output: cannot write to {folder}: {error.strerror}; name another folder") from error

@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
+import sklearn.datasets
 import torch
 from PIL import Image
 from torch import Tensor
@@ -119,13 +120,15 @@ def download_cifar10(folder: Path) -> None:
 class _ArraysOnly(pickle.Unpickler):
     """Unpickles what CIFAR-10's batches are made of, NumPy arrays and plain containers, and nothing else."""
 
-    ALLOWED = {
-        ("numpy", "ndarray"),
-        ("numpy", "dtype"),
-        ("numpy.core.multiarray", "_reconstruct"),
-        ("numpy._core.multiarray", "_reconstruct"),
-        ("_codecs", "encode"),
-    }
+    ALLOWED = frozenset(
+        {
+            ("numpy", "ndarray"),
+            ("numpy", "dtype"),
+            ("numpy.core.multiarray", "_reconstruct"),
+            ("numpy._core.multiarray", "_reconstruct"),
+            ("_codecs", "encode"),
+        }
+    )
 
     def find_class(self, module: str, name: str) -> object:
         if (module, name) not in self.ALLOWED:
@@ -140,7 +143,7 @@ def read_cifar10_batch(path: Path) -> Images:
     """
     advice = "delete the folder and run with --download_cifar10"
     try:
-        with open(path, "rb") as file:
+        with path.open("rb") as file:
             batch = _ArraysOnly(file, encoding="latin1").load()
     except FileNotFoundError:
         raise InputError(f"{path} is missing: {advice}") from None
@@ -171,10 +174,8 @@ def _batch_fault(batch: object, name: str) -> str | None:
 
 
 def load_digits(seed: int) -> Splits:
-    """scikit-learn's 1,797 handwritten digits (8 x 8, grey): 30 queries a class, the rest trains and is the database."""
-    from sklearn.datasets import load_digits as sklearn_digits
-
-    digits = sklearn_digits()
+    """scikit-learn's 1,797 handwritten digits (8 x 8, grey): 30 queries a class, the rest trains and is searched."""
+    digits = sklearn.datasets.load_digits()
     grey = np.rint(digits.images * (255 / 16)).astype(np.uint8)
     images = Images(np.repeat(grey[..., None], 3, axis=3), digits.target.astype(np.int64))
     generator = np.random.RandomState(seed % 2**32)

@@ -68,7 +68,7 @@ class Stopwatch:
 
 
 def build_optimizer(model: MeCoQ, args: Namespace) -> torch.optim.Optimizer:
-    """Projection and codebooks learn at `lr`, trained backbone blocks at `lr * lr_scaling`; Eq. 14's beta decays all."""
+    """Projection and codebooks learn at `lr`, trained blocks at `lr * lr_scaling`; beta decays all (Eq. 14)."""
     backbone = [p for p in model.backbone.parameters() if p.requires_grad]
     head = [*model.projection.parameters(), *model.quantizer.parameters()]
     groups = [{"params": head, "lr": args.lr}, {"params": backbone, "lr": args.lr * args.lr_scaling}]
@@ -310,7 +310,9 @@ def save_results(
 def peak_memory(device: str) -> dict[str, float | None]:
     """Most memory ever held, in MiB: by this process, by its largest worker, and by tensors on the GPU."""
     unit = 2**20 if sys.platform == "darwin" else 2**10  # ru_maxrss is in bytes there, in KiB on Linux
-    process, worker = (resource.getrusage(who).ru_maxrss / unit for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
+    process, worker = (
+        resource.getrusage(who).ru_maxrss / unit for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)
+    )
     gpu = torch.cuda.max_memory_allocated(device) / 2**20 if device.startswith("cuda") else None
     return {"process": process, "largest_worker": worker, "gpu": gpu}
 

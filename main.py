@@ -1,6 +1,6 @@
 """What did the user ask for? Flags -> one run: data, network, training, test.
 
-    python main.py --dataset CIFAR10 --protocol II --M 4 --feat_dim 48 ... --notes CifarII32bits
+python main.py --dataset CIFAR10 --protocol II --M 4 --feat_dim 48 ... --notes CifarII32bits
 """
 
 import argparse
@@ -48,6 +48,7 @@ def build_parser() -> Parser:
     return parser
 
 
+# fmt: off
 def _add_run_flags(group: argparse._ArgumentGroup) -> None:
     add = group.add_argument
     add("--notes", help="name of the run and of its files (default: made of data set, protocol and bits)")
@@ -58,7 +59,7 @@ def _add_run_flags(group: argparse._ArgumentGroup) -> None:
     add("--output", default=".", metavar="DIR", help="logs/ and checkpoints/ go below it (default: current folder)")
     add("--disable_writer", action="store_true", help="write no TensorBoard files")
     add("--dry_run", action="store_true",
-        help="check the flags, print the resolved configuration as JSON, touch neither data nor device")  # fmt: skip
+        help="check the flags, print the resolved configuration as JSON, touch neither data nor device")
 
 
 def _add_data_flags(group: argparse._ArgumentGroup) -> None:
@@ -73,7 +74,7 @@ def _add_data_flags(group: argparse._ArgumentGroup) -> None:
     add("--image_size", type=int, default=224, help="S, side of the network's input in pixels (default: %(default)s)")
     add("--num_workers", type=int, default=10,
         help="processes that prepare images, at most one a core is started (default: %(default)s)")
-    add("--limit", type=int, metavar="N", help="use N images a split only, to try things out (default: all)")  # fmt: skip
+    add("--limit", type=int, metavar="N", help="use N images a split only, to try things out (default: all)")
 
 
 def _add_network_flags(group: argparse._ArgumentGroup) -> None:
@@ -91,7 +92,7 @@ def _add_network_flags(group: argparse._ArgumentGroup) -> None:
     add("--M", type=int, default=4, help="M, number of codebooks: a code has M log2 K bits (default: %(default)s)")
     add("--K", type=int, default=256, help="K, codewords a codebook (default: %(default)s)")
     add("--alpha", type=float, default=10.0,
-        help="alpha, sharpness of the soft codes, Eq. 2 (default: %(default)s)")  # fmt: skip
+        help="alpha, sharpness of the soft codes, Eq. 2 (default: %(default)s)")
 
 
 def _add_loss_flags(group: argparse._ArgumentGroup) -> None:
@@ -110,7 +111,7 @@ def _add_loss_flags(group: argparse._ArgumentGroup) -> None:
     add("--queue_begin_epoch", type=int, default=-1,
         help="first epoch (from 0) that uses the code memory, Eq. 12-13; -1: never (default: %(default)s)")
     add("--queue_size", type=int, default=384,
-        help="N_M, soft codes that the memory holds (default: %(default)s)")  # fmt: skip
+        help="N_M, soft codes that the memory holds (default: %(default)s)")
 
 
 def _add_optimizer_flags(group: argparse._ArgumentGroup) -> None:
@@ -126,7 +127,7 @@ def _add_optimizer_flags(group: argparse._ArgumentGroup) -> None:
     add("--warmup_epoch_num", type=int, default=1,
         help="epochs of linear rise from --start_lr to --lr (default: %(default)s)")
     add("--start_lr", type=float, default=1e-5, help="learning rate of the first step (default: %(default)s)")
-    add("--final_lr", type=float, default=1e-5, help="where the cosine ends (default: %(default)s)")  # fmt: skip
+    add("--final_lr", type=float, default=1e-5, help="where the cosine ends (default: %(default)s)")
 
 
 def _add_test_flags(group: argparse._ArgumentGroup) -> None:
@@ -135,9 +136,10 @@ def _add_test_flags(group: argparse._ArgumentGroup) -> None:
     add("--symmetric_distance", action="store_true", help="quantize the queries too")
     add("--eval_interval", type=int, default=1, help="epochs between validations (default: %(default)s)")
     add("--monitor_counter", type=int, default=10,
-        help="validations without a better MAP before training stops (default: %(default)s)")  # fmt: skip
+        help="validations without a better MAP before training stops (default: %(default)s)")
 
 
+# fmt: on
 # ---------------------------------------------------------------- resolving and checking
 
 
@@ -226,7 +228,8 @@ def run(args: Namespace) -> None:
         splits = data.load_splits(
             args.dataset, args.protocol, args.seed, Path(args.data_root), args.download_cifar10, args.limit
         )
-        LOG.info("%d training images, %d queries, %d in the database", *map(len, (splits.train, splits.query, splits.database)))
+        sizes = len(splits.train), len(splits.query), len(splits.database)
+        LOG.info("%d training images, %d queries, %d in the database", *sizes)
         backbone = build_backbone(args.backbone, args.weights, args.trainable_layer_num, args.precision == "bf16")
         queue_size = args.queue_size if args.queue_begin_epoch >= 0 else None
         model = MeCoQ(backbone, args.feat_dim, args.M, args.K, args.alpha, queue_size).to(args.device)

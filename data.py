@@ -304,6 +304,7 @@ test_transform.__test__ = test_loader.__test__ = False  # not pytest functions
 
 
 def _loader_options(num_workers: int) -> dict:
-    """Never more workers than cores: they would only wait for each other."""
+    """Never more workers than cores: they would only wait for each other. The loader's own generator decides nothing
+    here, it keeps the global one out of it."""
     workers = min(num_workers, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count())
-    return {"num_workers": workers, "pin_memory": torch.cuda.is_available()}
+    return {"num_workers": workers, "pin_memory": torch.cuda.is_available(), "generator": torch.Generator()}

@@ -69,7 +69,8 @@ def codeword_diversity(codewords: Tensor) -> Tensor:
 
 def code_entropy(soft_codes: Tensor) -> Tensor:
     """Mean entropy (nats) of soft codes `[B, M, K]`: the released code's extra term, absent from the paper."""
-    return torch.special.entr(soft_codes).sum(dim=-1).mean()
+    log_codes = soft_codes.clamp(min=torch.finfo(soft_codes.dtype).tiny).log()  # p = 0 has a finite gradient
+    return -(soft_codes * log_codes).sum(dim=-1).mean()
 
 
 def quantization_error(segments: Tensor, reconstruction: Tensor) -> Tensor:

@@ -1,0 +1,9 @@
+# Sourced by the scripts beside it, with the requirement files to install: goes to the top folder, makes .venv if there is
+# no sound one, installs what is missing, and leaves its interpreter's path in $python.
+cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit 1
+python=.venv/bin/python
+if ! "$python" -m pip --version >/dev/null 2>&1; then
+    echo "Making .venv and installing into it: about 5 GB with PyTorch's GPU libraries, a few minutes the first time."
+    "${PYTHON:-python3}" -m venv .venv
+fi
+"$python" -m pip install --quiet --disable-pip-version-check "${@/#/--requirement=}"

@@ -1,0 +1,302 @@
+"""Whole runs on the Digits, small enough for a test, and the parts of a run that can be looked at alone."""
+
+import json
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+import data
+import engine
+import loss
+import main
+import retrieval
+from network import MeCoQ, build_backbone
+from utils import RunError
+
+SMALL = ["--dataset", "Digits", "--backbone", "convnet", "--image_size", "16", "--limit", "100", "--batch_size", "16",
+         "--M", "2", "--K", "8", "--feat_dim", "8", "--T", "0.3", "--lr", "0.05", "--num_workers", "0", "--epoch_num", "2",
+         "--topK", "20", "--queue_begin_epoch", "1", "--queue_size", "40", "--mode", "debias",
+         "--pos_prior", "0.1"]  # fmt: skip
+
+
+def small_run(output: Path, *flags: str, notes: str = "small") -> Path:
+    assert main.main([*SMALL, "--output", str(output), "--notes", notes, *flags]) == 0
+    return output / "checkpoints" / notes
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    output = tmp_path_factory.mktemp("run")
+    small_run(output)
+    return output
+
+
+def args_of(*flags):
+    return main.resolve(main.build_parser().parse_args([*SMALL, *flags]))
+
+
+def model_of(args):
+    torch.manual_seed(0)
+    backbone = build_backbone(args.backbone, args.weights, args.trainable_layer_num, bf16=False)
+    queue_size = args.queue_size if args.queue_begin_epoch >= 0 else None
+    return MeCoQ(backbone, args.feat_dim, args.M, args.K, args.alpha, queue_size)
+
+
+# ---------------------------------------------------------------- the files of a run
+
+
+def test_every_output_file_reads_back_and_they_agree(finished):
+    folder = finished / "checkpoints" / "small"
+    names = {"model.cpt", "db_codes.npy", "db_targets.npy", "PR_curve.txt", "P_at_topK_curve.txt", "config.json",
+             "metrics.json"}  # fmt: skip
+    assert {path.name for path in folder.iterdir()} == names
+    config, metrics = (json.loads((folder / f"{name}.json").read_text()) for name in ("config", "metrics"))
+    codes = np.load(folder / "db_codes.npy", allow_pickle=False)
+    targets = np.load(folder / "db_targets.npy", allow_pickle=False)
+    assert (codes.dtype, codes.shape, targets.shape) == (np.uint8, (100, 2), (100,))
+    pr, p_at_k = np.loadtxt(folder / "PR_curve.txt"), np.loadtxt(folder / "P_at_topK_curve.txt")
+    assert pr.shape == (2, 100)
+    assert pr[0, -1] == pytest.approx(1)
+    np.testing.assert_array_equal(p_at_k[0], np.arange(1, 21))
+    np.testing.assert_allclose(p_at_k[1], pr[1, :20])
+    model = model_of(main.argparse.Namespace(**config))
+    model.load_state_dict(torch.load(folder / "model.cpt", weights_only=True))
+    splits = data.load_splits("Digits", "I", config["seed"], Path("none"), limit=100)
+    again, db_codes = engine.test(model, splits, main.argparse.Namespace(**config))
+    np.testing.assert_array_equal(db_codes, codes)
+    np.testing.assert_array_equal(targets, splits.database.labels)
+    assert metrics["map"] == again.map
+    assert metrics["best_epoch"] in (0, 1)
+    best = max(h["val_mAP"] for h in metrics["history"])
+    assert metrics["map"] == pytest.approx(best, abs=1e-12)
+    assert metrics["topK"] == 20
+    assert metrics["recipe"] == "paper"
+    assert metrics["seed"] == 2021
+    assert set(metrics["seconds"]) == {"train", "validate", "test"}
+    assert metrics["peak_memory_mb"]["process"] > 50
+    assert metrics["versions"]["torch"] == torch.__version__
+    assert "cpu" in metrics["device"]
+
+
+def test_map_is_that_of_float64_scores_over_the_saved_codes(finished):
+    """Score every query against every saved code without any of our retrieval code."""
+    folder = finished / "checkpoints" / "small"
+    config, metrics = (json.loads((folder / f"{name}.json").read_text()) for name in ("config", "metrics"))
+    args = main.argparse.Namespace(**config)
+    model = model_of(args)
+    model.load_state_dict(torch.load(folder / "model.cpt", weights_only=True))
+    splits = data.load_splits("Digits", "I", config["seed"], Path("none"), limit=100)
+    with torch.inference_mode():
+        z = engine.encode(model, splits.query, args, hard=False).view(-1, 2, 4).double().numpy()
+        words = model.quantizer.codewords().double().numpy()
+    codes, targets = np.load(folder / "db_codes.npy"), np.load(folder / "db_targets.npy")
+    aps = []
+    for q in range(len(z)):
+        scores = [
+            sum(z[q, m] @ words[m, c[m]] / np.linalg.norm(z[q, m]) for m in range(2)) for c in codes
+        ]  # Eq. 16  # fmt: skip
+        ranked = np.argsort(-np.float32(scores), kind="stable")[:20]
+        hits = (targets[ranked] == splits.query.labels[q]).astype(float)
+        precision = hits.cumsum() / np.arange(1, 21)
+        aps.append((precision * hits).sum() / max(hits.sum(), 1))
+    assert metrics["map"] == pytest.approx(np.mean(aps), abs=2e-3)  # last-bit ties may fall the other way
+
+
+def test_log_keeps_the_released_lines_and_tensorboard_its_tags(finished):
+    lines = [line.split(" - ", 1)[1] for line in (finished / "logs" / "small.log").read_text().splitlines()]
+    metrics = json.loads((finished / "checkpoints" / "small" / "metrics.json").read_text())
+    for epoch in metrics["history"]:
+        assert (
+            f"epoch {epoch['epoch']}: avg loss={epoch['loss/total_loss']:.6f}, "
+            f"avg quantization error={epoch['quant_err']:.6f}"
+        ) in lines
+        assert f"val mAP={epoch['val_mAP']:.6f}" in lines
+    assert f"test mAP={metrics['map']:.6f}" in lines
+    assert lines[0].startswith("recipe paper")
+    events = EventAccumulator(str(finished / "logs" / "small")).Reload()
+    steps = 2 * math.ceil(100 / 16)
+    expected = dict.fromkeys(
+        ("lr", "quant_err", "loss/simclr_loss", "loss/entropy_reg_loss", "loss/codeword_reg_loss", "loss/total_loss"),
+        steps,
+    ) | {"val_mAP": 2}
+    assert {tag: len(events.Scalars(tag)) for tag in events.Tags()["scalars"]} == expected
+    assert [e.step for e in events.Scalars("lr")] == list(range(steps))
+
+
+def test_one_seed_one_result_and_another_seed_another(tmp_path):
+    files = ("model.cpt", "db_codes.npy", "PR_curve.txt", "P_at_topK_curve.txt")
+    first, second = (small_run(tmp_path / name, "--num_workers", workers) for name, workers in (("a", "0"), ("b", "2")))
+    other = small_run(tmp_path / "c", "--seed", "7")
+    for name in files[1:]:
+        assert (first / name).read_bytes() == (second / name).read_bytes()
+        assert (first / name).read_bytes() != (other / name).read_bytes()
+    weights = [torch.load(folder / "model.cpt", weights_only=True) for folder in (first, second, other)]
+    assert all(torch.equal(weights[0][key], weights[1][key]) for key in weights[0])
+    assert not torch.equal(weights[0]["quantizer.codebooks"], weights[2]["quantizer.codebooks"])
+    histories = [json.loads((folder / "metrics.json").read_text())["history"] for folder in (first, second)]
+    assert histories[0] == histories[1]
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ["--symmetric_distance"],
+        ["--mode", "simple"],
+        ["--K", "16"],
+        ["--K", "300", "--epoch_num", "1"],
+        ["--batch_size", "59"],
+        ["--queue_size", "100"],
+        ["--queue_size", "7", "--queue_begin_epoch", "0"],
+        ["--queue_begin_epoch", "-1", "--hp_lambda", "0.5"],
+        ["--optimizer", "Adam", "--lr", "0.001"],
+        ["--epoch_num", "0", "--disable_writer"],
+        ["--disable_scheduler", "--eval_interval", "5", "--topK", "1000"],
+        ["--backbone", "squeezenet1_0", "--weights", "random", "--image_size", "32", "--trainable_layer_num", "2"],
+    ],
+    ids=" ".join,
+)
+def test_variants_run(flags, tmp_path):
+    folder = small_run(tmp_path, *flags)
+    metrics = json.loads((folder / "metrics.json").read_text())
+    assert 0 < metrics["map"] <= 1
+    codes = np.load(folder / "db_codes.npy")
+    K = json.loads((folder / "config.json").read_text())["K"]
+    assert codes.dtype == (np.uint16 if K > 256 else np.uint8)
+    assert codes.max() < K
+    if "--disable_writer" in flags:
+        assert not (tmp_path / "logs" / "small").exists()
+
+
+def test_training_teaches(tmp_path):
+    """MAP of the digits rises well above an untrained network's within a few seconds."""
+    flags = ["--limit", "1497", "--batch_size", "64", "--K", "32", "--feat_dim", "32", "--lr", "0.05"]
+    before, after = (
+        json.loads((small_run(tmp_path, *flags, "--epoch_num", epochs, notes=epochs) / "metrics.json").read_text())
+        for epochs in ("0", "3")
+    )
+    assert before["map"] < 0.45
+    assert after["map"] > before["map"] + 0.15
+
+
+# ---------------------------------------------------------------- parts of a run
+
+
+def test_objective_is_equation_14_over_both_views_and_the_memory():
+    args = args_of("--hp_lambda", "0.3")
+    model = model_of(args)
+    model.memory.enqueue(torch.rand(11, 2, 8).softmax(-1))
+    view1, view2 = torch.rand(2, 5, 3, 16, 16)
+    terms = engine.objective(model, view1, view2, True, args)
+    z = model(torch.cat([view1, view2]))
+    p, _ = model.quantizer(z)
+    C = F.normalize(model.quantizer.codebooks, dim=-1)
+
+    def decode(soft):
+        return torch.cat([soft[:, m] @ C[m] for m in range(2)], dim=1)
+
+    views = decode(p)
+    memory = decode(model.memory.codes[:11])
+    contrastive = loss.contrastive_loss(views[:5], views[5:], memory, T=0.3, pos_prior=0.1)
+    expected = contrastive + 0.3 * loss.code_entropy(p) + 0.5 * loss.codeword_diversity(C)
+    torch.testing.assert_close(terms["loss/total_loss"], expected)
+    without = engine.objective(model, view1, view2, False, args)["loss/simclr_loss"]
+    torch.testing.assert_close(without, loss.contrastive_loss(views[:5], views[5:], T=0.3, pos_prior=0.1))
+    terms["loss/total_loss"].backward()
+    assert model.quantizer.codebooks.grad.abs().sum() > 0
+
+
+def test_memory_is_used_from_its_epoch_on_and_holds_both_views(monkeypatch):
+    args = args_of("--epoch_num", "3", "--queue_begin_epoch", "2")
+    model, splits = model_of(args), data.load_splits("Digits", "I", 1, Path("none"), limit=20)
+    loader = data.train_loader(splits, 16, 16, 0, 1)
+    optimizer = engine.build_optimizer(model, args)
+    scheduler = engine.build_scheduler(optimizer, args, len(loader))
+    seen = []
+    original = engine.objective
+    monkeypatch.setattr(engine, "objective", lambda *a: seen.append((a[3], model.memory.filled)) or original(*a))
+    for epoch in range(3):
+        engine.train_epoch(model, loader, optimizer, scheduler, epoch, args, None)
+    # 16 + 4 images a epoch, two views each, 40 slots
+    assert seen == [(False, 0), (False, 32), (False, 40), (False, 40), (True, 40), (True, 40)]
+
+
+def test_learning_rates_follow_the_schedule_and_keep_their_scale():
+    args = args_of(
+        "--backbone", "squeezenet1_0", "--weights", "random", "--image_size", "32", "--trainable_layer_num", "1",
+        "--lr_scaling", "0.01", "--epoch_num", "3",
+    )  # fmt: skip
+    model = model_of(args)
+    optimizer = engine.build_optimizer(model, args)
+    scheduler = engine.build_scheduler(optimizer, args, 4)
+    rates = []
+    for _ in range(12):
+        rates.append([group["lr"] for group in optimizer.param_groups])
+        optimizer.step()
+        scheduler.step()
+    rates = np.array(rates)
+    np.testing.assert_allclose(rates[:, 1], rates[:, 0] * 0.01)
+    assert rates[0, 0] == pytest.approx(1e-5)
+    assert rates[:, 0].max() == rates[3, 0] == pytest.approx(0.01)
+    counts = [len(group["params"]) for group in optimizer.param_groups]
+    assert counts == [3, 6]  # projection and codebooks; one Fire module
+
+
+def test_early_stopping_keeps_the_best_model(tmp_path, monkeypatch):
+    values = iter([0.3, 0.5, 0.4, 0.5, 0.9])
+    original, first_calls = engine.test, []
+
+    def fake(model, splits, args):
+        first_calls.append(model.projection.weight.detach().clone())
+        metrics, codes = original(model, splits, args)
+        if len(first_calls) <= 4:
+            metrics.map = next(values)
+        return metrics, codes
+
+    monkeypatch.setattr(engine, "test", fake)
+    folder = small_run(tmp_path, "--epoch_num", "9", "--monitor_counter", "2")
+    metrics = json.loads((folder / "metrics.json").read_text())
+    assert [h["val_mAP"] for h in metrics["history"]] == [0.3, 0.5, 0.4, 0.5]
+    assert metrics["best_epoch"] == 1
+    best = torch.load(folder / "model.cpt", weights_only=True)["projection.weight"]
+    assert torch.equal(best, first_calls[1])
+    assert torch.equal(first_calls[4], first_calls[1])  # the test uses the best model, not the last
+
+
+def test_non_finite_loss_stops_the_run_and_names_the_last_good_checkpoint(tmp_path, monkeypatch, capsys):
+    original, steps = engine.objective, []
+
+    def breaks(*a):
+        terms = original(*a)
+        steps.append(0)
+        if len(steps) == 7:  # epoch 1, step 2
+            terms["loss/total_loss"] = terms["loss/total_loss"] * math.nan
+        return terms
+
+    monkeypatch.setattr(engine, "objective", breaks)
+    assert main.main([*SMALL, "--output", str(tmp_path), "--notes", "nan"]) == 1
+    error = capsys.readouterr().err.strip()
+    assert "epoch 1, step 2" in error
+    assert str(tmp_path / "checkpoints" / "nan" / "model.cpt") in error
+    assert "\n" not in error
+    state = torch.load(tmp_path / "checkpoints" / "nan" / "model.cpt", weights_only=True)
+    assert all(v.isfinite().all() for v in state.values())
+    monkeypatch.setattr(engine, "objective", lambda *a: (_ for _ in ()).throw(RunError("x")))
+
+
+def test_symmetric_test_quantizes_the_queries():
+    args = args_of("--symmetric_distance")
+    model, splits = model_of(args), data.load_splits("Digits", "I", 1, Path("none"), limit=50)
+    metrics, db_codes = engine.test(model, splits, args)
+    query_codes = engine.encode(model, splits.query, args, hard=True)
+    words = model.quantizer.codewords().detach()
+    decode = lambda codes: torch.cat([words[m][codes[:, m].long()] for m in range(2)], dim=1)  # noqa: E731
+    scores = decode(query_codes) @ decode(db_codes).T
+    hits = torch.from_numpy(splits.query.labels[:, None] == splits.database.labels[None])
+    order = scores.double().add(-1e-6 * torch.arange(50)).argsort(dim=1, descending=True)
+    expected = retrieval.average_precision(hits.gather(1, order)[:, :20]).mean()
+    assert metrics.map == pytest.approx(float(expected), abs=1e-9)

@@ -1,0 +1,145 @@
+import json
+import math
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import loss
+
+
+def slow_contrastive_loss(view1, view2, memory, T, rho):
+    """Eq. 6-7 and 13, term by term in Python floats."""
+
+    def cosine(a, b):
+        return sum(x * y for x, y in zip(a, b, strict=True)) / math.sqrt(sum(x * x for x in a) * sum(y * y for y in b))
+
+    N = len(view1)
+    queries = view1 + view2
+    total = 0.0
+    for q in range(2 * N):
+        positive = math.exp(cosine(queries[q], queries[(q + N) % (2 * N)]) / T)
+        others = [queries[j] for j in range(2 * N) if j % N != q % N] + memory
+        negative = sum(math.exp(cosine(queries[q], other) / T) - rho * positive for other in others) / (1 - rho)
+        negative = max(negative, len(others) * math.exp(-1 / T))
+        total -= math.log(positive / (positive + negative))
+    return total / (2 * N)
+
+
+def correlated(generator, shape, common):
+    return torch.randn(shape, generator=generator, dtype=torch.float64) + common
+
+
+@settings(deadline=None, max_examples=60)
+@given(
+    st.integers(2, 6), st.integers(2, 7), st.integers(0, 9), st.sampled_from([0.05, 0.1, 0.35, 1.0]),
+    st.sampled_from([0.0, 0.1, 0.15, 0.6]), st.sampled_from([0.0, 1.0, 5.0]), st.integers(0, 2**30),
+)  # fmt: skip
+def test_contrastive_loss_is_its_equation(N, D, memory_size, T, rho, common, seed):
+    g = torch.Generator().manual_seed(seed)
+    view1, view2, memory = (correlated(g, (n, D), common) for n in (N, N, memory_size))
+    expected = slow_contrastive_loss(view1.tolist(), view2.tolist(), memory.tolist(), T, rho)
+    ours = loss.contrastive_loss(view1, view2, memory, T=T, pos_prior=rho)
+    assert float(ours) == pytest.approx(expected, rel=1e-9, abs=1e-12)
+    single = loss.contrastive_loss(view1.float(), view2.float(), memory.float(), T=T, pos_prior=rho)
+    assert float(single) == pytest.approx(expected, rel=1e-3, abs=1e-4)
+
+
+def test_lower_bound_takes_over_where_debiasing_would_go_below_zero():
+    """Two views alike, negatives opposite: the corrected sum is negative, its logarithm would not exist."""
+    view = torch.tensor([[1.0, 0.0], [-1.0, 0.0]], dtype=torch.float64)
+    T, rho = 0.5, 0.3
+    positive, bound = math.exp(1 / T), 2 * math.exp(-1 / T)
+    assert 2 * math.exp(-1 / T) - 2 * rho * positive < 0
+    ours = loss.contrastive_loss(view, view, T=T, pos_prior=rho)
+    assert float(ours) == pytest.approx(-math.log(positive / (positive + bound)), rel=1e-12)
+
+
+def test_without_debiasing_it_is_the_cross_entropy_of_simclr():
+    view1, view2 = torch.randn(2, 9, 5, dtype=torch.float64)
+    z = F.normalize(torch.cat([view1, view2]), dim=1)
+    logits = (z @ z.T / 0.2).fill_diagonal_(-math.inf)
+    expected = F.cross_entropy(logits, torch.arange(18).roll(9))
+    torch.testing.assert_close(loss.contrastive_loss(view1, view2, T=0.2), expected)
+
+
+def test_an_empty_memory_changes_nothing():
+    view1, view2 = torch.randn(2, 4, 6)
+    kwargs = {"T": 0.3, "pos_prior": 0.1}
+    empty = loss.contrastive_loss(view1, view2, torch.empty(0, 6), **kwargs)
+    assert float(empty) == float(loss.contrastive_loss(view1, view2, **kwargs))
+
+
+@pytest.mark.parametrize("T", [0.01, 0.05, 0.35])
+@pytest.mark.parametrize("rho", [0.0, 0.1, 0.9])
+@pytest.mark.parametrize("N", [1, 2, 32])
+@pytest.mark.parametrize("kind", ["random", "alike", "opposite", "zero"])
+def test_contrastive_loss_and_gradient_stay_finite(T, rho, N, kind):
+    """16 codebooks, low temperature, degenerate batches, and a last batch of one image."""
+    view1 = torch.randn(N, 16 * 8)
+    view2 = torch.randn(N, 16 * 8)
+    if kind == "alike":
+        view1 = view2 = torch.ones(N, 16 * 8)
+    elif kind == "opposite":
+        view2 = -view1
+    elif kind == "zero":
+        view1 = view2 = torch.zeros(N, 16 * 8)
+    for memory in (None, view2[:1].clone()):
+        leaf = view1.clone().requires_grad_()
+        value = loss.contrastive_loss(leaf, view2, memory, T=T, pos_prior=rho)
+        value.backward()
+        assert value.isfinite()
+        assert leaf.grad.isfinite().all()
+
+
+@pytest.mark.parametrize("rho", [0.0, 0.1])
+def test_contrastive_gradient_against_finite_differences(rho):
+    view1, view2 = (torch.randn(3, 4, dtype=torch.float64, requires_grad=True) for _ in range(2))
+    memory = torch.randn(5, 4, dtype=torch.float64, requires_grad=True)
+    f = lambda a, b, m: loss.contrastive_loss(a, b, m, T=0.4, pos_prior=rho)  # noqa: E731
+    assert torch.autograd.gradcheck(f, (view1, view2, memory))
+
+
+def test_regularisers_are_their_equations():
+    M, K, d, B = 3, 5, 4, 6
+    codewords = F.normalize(torch.randn(M, K, d, dtype=torch.float64), dim=-1)
+    pairs = [
+        sum(float(codewords[m, i, t] * codewords[m, j, t]) for t in range(d))
+        for m in range(M) for i in range(K) for j in range(K)
+    ]  # fmt: skip
+    assert float(loss.codeword_diversity(codewords)) == pytest.approx(sum(pairs) / len(pairs), rel=1e-12)
+    p = torch.randn(B, M, K, dtype=torch.float64).softmax(-1)
+    entropies = [-sum(x * math.log(x) for x in row) for row in p.reshape(-1, K).tolist()]
+    assert float(loss.code_entropy(p)) == pytest.approx(sum(entropies) / len(entropies), rel=1e-12)
+
+
+def test_entropy_of_a_hard_code_is_zero_with_a_finite_gradient_beside_it():
+    p = torch.tensor([[[1.0, 0.0, 0.0]]])
+    assert float(loss.code_entropy(p)) == 0
+    logits = torch.tensor([[[500.0, 0.0, -500.0]]], requires_grad=True)
+    loss.code_entropy(logits.softmax(-1)).backward()
+    assert logits.grad.isfinite().all()
+
+
+def test_regulariser_gradients_against_finite_differences():
+    codewords = torch.randn(2, 4, 3, dtype=torch.float64, requires_grad=True)
+    logits = torch.randn(5, 2, 4, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(loss.codeword_diversity, codewords)
+    assert torch.autograd.gradcheck(lambda x: loss.code_entropy(x.softmax(-1)), logits)
+
+
+def test_golden_regularisers_and_quantization_error(golden):
+    numbers = golden("release_loss")
+    for i, c in enumerate(json.loads(str(numbers["config"]))):
+        x, C, p, h = (torch.from_numpy(numbers[f"{i}/{name}"]) for name in ("x1", "C", "p1", "h1"))
+        segments = F.normalize(x.view(-1, c["M"], c["D"]), dim=-1)
+        ours = [
+            loss.code_entropy(p),
+            loss.codeword_diversity(C),
+            loss.quantization_error(segments, h.view_as(segments)),
+        ]
+        expected = [numbers[f"{i}/{name}"] for name in ("entropy", "diversity", "err1")]
+        np.testing.assert_allclose(ours, expected, rtol=1e-5)

@@ -1,0 +1,166 @@
+import re
+
+import faiss
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from sklearn.metrics import average_precision_score
+
+import retrieval
+
+
+def brute_force(scores, relevant, topK):
+    """MAP@K, recall and precision at every rank, by sorting Python tuples: best score first, then database order."""
+    aps, recalls, precisions = [], [], []
+    for row, hits_of in zip(scores, relevant, strict=True):
+        ranked = [hits_of[j] for _, j in sorted((-s, j) for j, s in enumerate(row))]
+        found, precision_at_hits, recall, precision = 0, [], [], []
+        for rank, hit in enumerate(ranked, start=1):
+            found += hit
+            recall.append(found / max(sum(ranked), 1))
+            precision.append(found / rank)
+            if hit and rank <= topK:
+                precision_at_hits.append(found / rank)
+        aps.append(sum(precision_at_hits) / max(len(precision_at_hits), 1))
+        recalls.append(recall)
+        precisions.append(precision)
+    return np.mean(aps), np.mean(recalls, axis=0), np.mean(precisions, axis=0)
+
+
+@settings(deadline=None, max_examples=60)
+@given(st.integers(1, 5), st.integers(1, 40), st.integers(1, 3), st.booleans(), st.integers(0, 2**30), st.data())
+def test_metrics_against_brute_force_with_many_ties(Q, n, M, multi_label, seed, draw):
+    g = torch.Generator().manual_seed(seed)
+    K = 4
+    tables = torch.randint(-2, 3, (Q, M, K), generator=g).float()  # few values: ties everywhere
+    codes = torch.randint(K, (n, M), generator=g)
+    if multi_label:
+        labels = [torch.randint(2, (count, 3), generator=g).to(torch.uint8) for count in (Q, n)]
+        relevant = [[bool((q & d).any()) for d in labels[1]] for q in labels[0]]
+    else:
+        labels = [torch.randint(3, (count,), generator=g) for count in (Q, n)]
+        relevant = [[bool(q == d) for d in labels[1]] for q in labels[0]]
+    topK = draw.draw(st.one_of(st.none(), st.integers(1, n + 3)))
+    scores = [[sum(float(tables[q, m, codes[j, m]]) for m in range(M)) for j in range(n)] for q in range(Q)]
+    expected_map, recall, precision = brute_force(scores, relevant, topK or n)
+    ours = retrieval.evaluate(tables, codes.to(torch.uint8), *labels, topK)
+    assert ours.map == pytest.approx(expected_map, abs=1e-12)
+    np.testing.assert_allclose(ours.pr, [recall, precision], atol=1e-6)
+    cut = min(topK or n, n)
+    np.testing.assert_allclose(ours.p_at_k, [np.arange(1, cut + 1), precision[:cut]], atol=1e-12)
+
+
+def test_average_precision_over_all_is_scikit_learns():
+    scores = torch.randn(20, 200)
+    relevant = torch.rand(20, 200) < 0.1
+    ranked = relevant.gather(1, scores.argsort(dim=1, descending=True))
+    ours = retrieval.average_precision(ranked)
+    expected = [average_precision_score(r, s) for r, s in zip(relevant.numpy(), scores.numpy(), strict=True)]
+    np.testing.assert_allclose(ours, expected, atol=1e-12)
+
+
+def test_average_precision_by_hand():
+    ranked = torch.tensor([[True, False, True, False], [False, False, False, False]])
+    assert retrieval.average_precision(ranked).tolist() == [(1 / 1 + 2 / 3) / 2, 0.0]
+
+
+def test_scores_are_inner_products_with_the_reconstructed_database():
+    """Against faiss' exact inner-product search over the decoded vectors."""
+    M, K, d, n, Q = 4, 16, 6, 500, 20
+    codewords = F.normalize(torch.randn(M, K, d), dim=-1)
+    codes = torch.randint(K, (n, M)).to(torch.uint8)
+    queries = torch.randn(Q, M * d)
+    decoded = torch.cat([codewords[m][codes[:, m].long()] for m in range(M)], dim=1)
+    index = faiss.IndexFlatIP(M * d)
+    index.add(decoded.numpy())
+    for normalize in (True, False):
+        asked = F.normalize(queries.view(Q, M, d), dim=-1).flatten(1) if normalize else queries
+        expected, ids = index.search(asked.numpy(), n)
+        tables = retrieval.lookup_tables(queries, codewords, normalize_query=normalize)
+        scores = retrieval.aqs_scores(tables, codes)
+        np.testing.assert_allclose(scores.gather(1, torch.from_numpy(ids)), expected, atol=1e-5)
+
+
+def test_paper_similarity_ignores_the_length_of_query_segments():
+    codewords = F.normalize(torch.randn(3, 8, 4), dim=-1)
+    queries = torch.randn(5, 12)
+    stretched = (queries.view(5, 3, 4) * torch.tensor([0.1, 1.0, 30.0])[None, :, None]).reshape(5, 12)
+    torch.testing.assert_close(
+        retrieval.lookup_tables(stretched, codewords), retrieval.lookup_tables(queries, codewords)
+    )
+
+
+def test_symmetric_similarity_is_that_of_both_reconstructions():
+    codewords = F.normalize(torch.randn(3, 8, 4), dim=-1)
+    query_codes, db_codes = (torch.randint(8, (n, 3)).to(torch.uint8) for n in (5, 30))
+    decode = lambda codes: torch.cat([codewords[m][codes[:, m].long()] for m in range(3)], dim=1)  # noqa: E731
+    ours = retrieval.aqs_scores(retrieval.symmetric_tables(query_codes, codewords), db_codes)
+    torch.testing.assert_close(ours, decode(query_codes) @ decode(db_codes).T)
+
+
+def test_codes_of_two_bytes():
+    codewords = F.normalize(torch.randn(1, 300, 4), dim=-1)
+    codes = torch.tensor([[299], [0], [256]], dtype=torch.int32)
+    tables = retrieval.lookup_tables(torch.randn(2, 4), codewords)
+    torch.testing.assert_close(retrieval.aqs_scores(tables, codes), tables[:, 0][:, [299, 0, 256]])
+
+
+def test_result_does_not_depend_on_the_chunks(monkeypatch):
+    tables, codes = torch.randn(23, 2, 8), torch.randint(8, (50, 2))
+    labels = torch.randint(4, (23,)), torch.randint(4, (50,))
+    seen = []
+    whole = retrieval.evaluate(tables, codes, *labels, 10, on_chunk=seen.append)
+    monkeypatch.setattr(retrieval, "CHUNK_ELEMENTS", 200)
+    parts = retrieval.evaluate(tables, codes, *labels, 10, on_chunk=seen.append)
+    assert whole.map == pytest.approx(parts.map, abs=1e-14)
+    torch.testing.assert_close(whole.pr, parts.pr)
+    assert seen == [23, 4, 4, 4, 4, 4, 3]
+
+
+def precision_range(scores, relevant):
+    """Least and largest mean precision at every rank over all orders of equally scored images."""
+    ranges = []
+    for order_of_hits in (1, -1):
+        order = np.lexsort((order_of_hits * relevant.astype(int), -scores), axis=1)
+        hits = np.take_along_axis(relevant, order, axis=1).cumsum(axis=1)
+        ranges.append([
+            (hits / np.arange(1, hits.shape[1] + 1)).mean(axis=0),
+            (hits / np.maximum(hits[:, -1:], 1)).mean(axis=0),
+        ])  # fmt: skip
+    return ranges
+
+
+@pytest.mark.parametrize("distance", ["asym", "sym"])
+@pytest.mark.parametrize("kind", ["single", "multi"])
+def test_golden_metrics(golden, kind, distance):
+    """The golden curves break ties in no fixed order: there they may differ, within what the ties allow."""
+    numbers = golden("retrieval")
+    C, codes, query, query_codes = (torch.from_numpy(numbers[k]) for k in ("C", "db_codes", "query", "query_codes"))
+    labels = [torch.from_numpy(numbers[f"{kind}/{side}_labels"]) for side in ("query", "db")]
+    if distance == "asym":
+        tables = retrieval.lookup_tables(query, C, normalize_query=False)
+    else:
+        tables = retrieval.symmetric_tables(query_codes, C)
+    prefix = f"{kind}/{distance}/"
+    keys = [key for key in numbers.files if key.startswith(prefix)]
+    for key in (key for key in keys if "MAP@" in key):
+        topK = re.search(r"MAP@(\w+)", key)[1]
+        ours = retrieval.evaluate(tables, codes, *labels, None if topK == "None" else int(topK))
+        assert ours.map == pytest.approx(float(numbers[key]), abs=1e-6)
+    scores = retrieval.aqs_scores(tables, codes).numpy()
+    low, high = precision_range(scores, retrieval.relevance(*labels).numpy())
+    for curve in (numbers[prefix + "PR"][::-1], ours.pr.flip(0).numpy()):  # precision, recall
+        assert (curve >= np.array(low) - 1e-6).all()
+        assert (curve <= np.array(high) + 1e-6).all()
+    certain = np.array(low) == np.array(high)
+    assert certain.mean() > 0.9
+    np.testing.assert_allclose(ours.pr.flip(0).numpy()[certain], numbers[prefix + "PR"][::-1][certain], atol=1e-6)
+    for key in (key for key in keys if re.search(r"/P@", key)):
+        topK = int(key.rpartition("@")[2])
+        p_at_k = retrieval.evaluate(tables, codes, *labels, topK).p_at_k.numpy()
+        np.testing.assert_array_equal(p_at_k[0], numbers[key][0])
+        settled = certain[0][:topK]
+        np.testing.assert_allclose(p_at_k[1][settled], numbers[key][1][settled], atol=1e-6)

@@ -224,14 +224,12 @@ def test_views_are_drawn_as_described():
     """Shares of grey and of mirrored views, on pictures where each shows."""
     red = Image.new("RGB", (32, 32), (200, 40, 40))
     view = data.view_transform(32, mirrored=True)
-    undo = lambda x: (
-        x * torch.tensor(data.IMAGENET_STD)[:, None, None] + torch.tensor(data.IMAGENET_MEAN)[:, None, None]
-    )  # noqa: E731, E501
+    std, mean = (torch.tensor(values)[:, None, None] for values in (data.IMAGENET_STD, data.IMAGENET_MEAN))
+    undo = lambda x: x * std + mean  # noqa: E731
     grey = share(view, red, lambda x: (undo(x).amax(0) - undo(x).amin(0)).max() < 0.02)
     assert grey == pytest.approx(0.2, abs=0.07)
-    untouched = share(
-        view, red, lambda x: (undo(x) - torch.tensor([200, 40, 40])[:, None, None] / 255).abs().max() < 0.01
-    )
+    colour = torch.tensor([200, 40, 40])[:, None, None] / 255
+    untouched = share(view, red, lambda x: (undo(x) - colour).abs().max() < 0.01)
     assert untouched == pytest.approx(0.3 * 0.8, abs=0.07)
     ramp = Image.fromarray(np.repeat(np.arange(0, 256, 8, dtype=np.uint8)[None, :, None], 32, 0).repeat(3, 2))
     rising = lambda x: x[:, :, -1].mean() > x[:, :, 0].mean()  # noqa: E731

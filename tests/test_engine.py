@@ -18,10 +18,13 @@ import retrieval
 from network import MeCoQ, build_backbone
 from utils import RunError
 
-SMALL = ["--dataset", "Digits", "--backbone", "convnet", "--image_size", "16", "--limit", "100", "--batch_size", "16",
-         "--M", "2", "--K", "8", "--feat_dim", "8", "--T", "0.3", "--lr", "0.05", "--num_workers", "0", "--epoch_num", "2",
-         "--topK", "20", "--queue_begin_epoch", "1", "--queue_size", "40", "--mode", "debias",
-         "--pos_prior", "0.1"]  # fmt: skip
+SMALL = [
+    "--dataset", "Digits", "--backbone", "convnet", "--image_size", "16", "--limit", "100",
+    "--batch_size", "16", "--M", "2", "--K", "8", "--feat_dim", "8",
+    "--T", "0.3", "--lr", "0.05", "--num_workers", "0", "--epoch_num", "2",
+    "--topK", "20", "--queue_begin_epoch", "1", "--queue_size", "40", "--mode", "debias",
+    "--pos_prior", "0.1",
+]  # fmt: skip
 
 
 def small_run(output: Path, *flags: str, notes: str = "small") -> Path:

@@ -74,15 +74,16 @@ def test_defaults_that_depend_on_other_flags(capsys):
 @pytest.mark.parametrize(
     "flags",
     [
-        "--dataset MNIST", "--protocol III", "--optimizer LBFGS", "--device tpu", "--device cuda:x", "--backbone alexnet",
-        "--recipe mine", "--precision fp8", "--mode hard",
-        "--feat_dim 30", "--feat_dim 0", "--M 0", "--M -1", "--K 1", "--K 65537", "--T 0", "--T -1", "--T nan", "--T inf",
+        "--dataset MNIST", "--protocol III", "--optimizer LBFGS", "--device tpu", "--device cuda:x",
+        "--backbone alexnet", "--recipe mine", "--precision fp8", "--mode hard", "--feat_dim 30",
+        "--feat_dim 0", "--M 0", "--M -1", "--K 1", "--K 65537", "--T 0", "--T -1", "--T nan", "--T inf",
         "--pos_prior 1 --mode debias", "--pos_prior -0.1 --mode debias", "--batch_size 0", "--batch_size 1",
-        "--batch_size -5", "--queue_size 0", "--queue_begin_epoch -2", "--topK 0", "--image_size 0", "--image_size 16",
-        "--epoch_num -1", "--num_workers -1", "--limit 0", "--eval_interval 0", "--monitor_counter 0", "--lr 0", "--lr nan",
-        "--hp_beta -1", "--hp_gamma nan", "--hp_lambda -1", "--alpha 0", "--momentum 1", "--trainable_layer_num 3",
-        "--seed -1", "--M two", "--unknown 1", "--notes ../up", "--notes a/b", "--notes .", "--notes ",
-        "--backbone convnet --weights imagenet", "--warmup_epoch_num -1", "--lr_scaling -1", "--mo debias",
+        "--batch_size -5", "--queue_size 0", "--queue_begin_epoch -2", "--topK 0", "--image_size 0",
+        "--image_size 16", "--epoch_num -1", "--num_workers -1", "--limit 0", "--eval_interval 0",
+        "--monitor_counter 0", "--lr 0", "--lr nan", "--hp_beta -1", "--hp_gamma nan", "--hp_lambda -1",
+        "--alpha 0", "--momentum 1", "--trainable_layer_num 3", "--seed -1", "--M two", "--unknown 1",
+        "--notes ../up", "--notes a/b", "--notes .", "--notes ", "--backbone convnet --weights imagenet",
+        "--warmup_epoch_num -1", "--lr_scaling -1", "--mo debias",
     ],
 )  # fmt: skip
 def test_bad_flags_are_refused_in_one_line(flags, capsys):

@@ -61,7 +61,7 @@ def cifar10_indices(labels: np.ndarray, protocol: str, seed: int) -> dict[str, n
     Args:
         labels: `[60000]` class ids in file order: five training batches, then the test batch.
     """
-    generator = np.random.RandomState(seed % 2**32)
+    generator = np.random.RandomState(seed)
     classes = [np.flatnonzero(labels == c) for c in range(10)]
     shuffled = [of_class[generator.permutation(len(of_class))] for of_class in classes]
     last_train = {"I": None, "II": 1500}[protocol]
@@ -178,7 +178,7 @@ def load_digits(seed: int) -> Splits:
     digits = sklearn.datasets.load_digits()
     grey = np.rint(digits.images * (255 / 16)).astype(np.uint8)
     images = Images(np.repeat(grey[..., None], 3, axis=3), digits.target.astype(np.int64))
-    generator = np.random.RandomState(seed % 2**32)
+    generator = np.random.RandomState(seed)
     shuffled = [generator.permutation(np.flatnonzero(images.labels == c)) for c in range(10)]
     query = images.subset(np.concatenate([of_class[:30] for of_class in shuffled]))
     rest = images.subset(np.concatenate([of_class[30:] for of_class in shuffled]))
@@ -287,24 +287,28 @@ class TestImages(Dataset):
         return self.transform(self.images.picture(index))
 
 
-def train_loader(splits: Splits, image_size: int, batch_size: int, num_workers: int, seed: int) -> DataLoader:
+def train_loader(
+    splits: Splits, image_size: int, batch_size: int, num_workers: int, seed: int, pin_memory: bool = False
+) -> DataLoader:
     """Batches of two views `[B, 3, S, S]` each of the training images; set `batch_sampler.epoch` before each pass."""
     dataset = TwoViews(splits.train, view_transform(image_size, splits.mirrored))
     batches = ShuffledBatches(len(splits.train), batch_size, seed)
-    return DataLoader(dataset, batch_sampler=batches, **_loader_options(num_workers))
+    return DataLoader(dataset, batch_sampler=batches, **_loader_options(num_workers, pin_memory))
 
 
-def test_loader(images: Images, image_size: int, batch_size: int, num_workers: int) -> DataLoader:
+def test_loader(
+    images: Images, image_size: int, batch_size: int, num_workers: int, pin_memory: bool = False
+) -> DataLoader:
     """Batches `[B, 3, S, S]` of the images in their order."""
     dataset = TestImages(images, test_transform(image_size))
-    return DataLoader(dataset, batch_size=batch_size, **_loader_options(num_workers))
+    return DataLoader(dataset, batch_size=batch_size, **_loader_options(num_workers, pin_memory))
 
 
 test_transform.__test__ = test_loader.__test__ = False  # not pytest functions
 
 
-def _loader_options(num_workers: int) -> dict:
+def _loader_options(num_workers: int, pin_memory: bool) -> dict:
     """Never more workers than cores: they would only wait for each other. The loader's own generator decides nothing
     here, it keeps the global one out of it."""
     workers = min(num_workers, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count())
-    return {"num_workers": workers, "pin_memory": torch.cuda.is_available(), "generator": torch.Generator()}
+    return {"num_workers": workers, "pin_memory": pin_memory, "generator": torch.Generator()}

@@ -167,7 +167,9 @@ def train(
 
     Raises RunError on a non-finite loss, naming epoch, step and the last good checkpoint.
     """
-    loader = data.train_loader(splits, args.image_size, args.batch_size, args.num_workers, args.seed)
+    loader = data.train_loader(
+        splits, args.image_size, args.batch_size, args.num_workers, args.seed, args.device != "cpu"
+    )
     optimizer = build_optimizer(model, args)
     scheduler = build_scheduler(optimizer, args, len(loader))
     patience = Patience(args.monitor_counter)
@@ -213,7 +215,7 @@ def save_model(model: MeCoQ, path: Path) -> None:
 def encode(model: MeCoQ, images: data.Images, args: Namespace, hard: bool) -> Tensor:
     """Hard codes `[n, M]` of images, or their embeddings `[n, D]`, on the CPU, in the images' order."""
     model.eval()
-    loader = data.test_loader(images, args.image_size, args.batch_size, args.num_workers)
+    loader = data.test_loader(images, args.image_size, args.batch_size, args.num_workers, args.device != "cpu")
     rows = []
     for batch in progress_bar(loader, "encode database" if hard else "encode queries"):
         z = model(batch.to(args.device, non_blocking=True))

@@ -177,12 +177,13 @@ def check(args: Namespace) -> None:
         require(getattr(args, flag) >= 1, flag, "must be at least 1")
     for flag in ("limit", "topK"):
         require(getattr(args, flag) is None or getattr(args, flag) >= 1, flag, "must be at least 1")
-    for flag in ("num_workers", "epoch_num", "trainable_layer_num", "warmup_epoch_num", "seed"):
+    for flag in ("num_workers", "epoch_num", "trainable_layer_num", "warmup_epoch_num"):
         require(getattr(args, flag) >= 0, flag, "must not be negative")
     for flag in ("hp_beta", "hp_gamma", "hp_lambda", "start_lr", "final_lr", "lr_scaling"):
         require(getattr(args, flag) >= 0, flag, "must not be negative")
     for flag in ("T", "alpha", "lr"):
         require(getattr(args, flag) > 0, flag, "must be positive")
+    require(0 <= args.seed < 2**32, "seed", "must be from 0 to 2^32 - 1")
     require(0 <= args.momentum < 1, "momentum", "must be in [0, 1)")
     require(0 <= args.pos_prior < 1, "pos_prior", "must be in [0, 1)")
     require(2 <= args.K <= 65536, "K", "must be from 2 to 65536, two bytes a codebook at most")
@@ -220,7 +221,7 @@ def run(args: Namespace) -> None:
     """Build what the flags describe, train and test it. Raises InputError or RunError."""
     check_device(args.device)
     files = engine.Files(Path(args.output), args.notes)
-    for folder in (files.log.parent, files.checkpoints):
+    for folder in (files.checkpoints, files.log.parent if args.disable_writer else files.tensorboard):
         check_writable(folder)
     with logging_to(files.log):
         LOG.info("recipe %s, configuration: %s", args.recipe, json.dumps(vars(args)))

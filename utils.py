@@ -28,9 +28,9 @@ class RunError(Exception):
 
 
 def seed_everything(seed: int) -> None:
-    """Seed every global generator. Data order and views do not use them: see `sample_seed`."""
+    """Seed every global generator (0 <= seed < 2^32). Data order and views do not use them: see `sample_seed`."""
     random.seed(seed)
-    np.random.seed(seed % 2**32)
+    np.random.seed(seed)
     torch.manual_seed(seed)
 
 

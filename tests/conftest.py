@@ -2,6 +2,7 @@
 
 import os
 import pickle
+import subprocess
 import sys
 from pathlib import Path
 
@@ -31,6 +32,14 @@ def real_data():
     if "MECOQ_REAL_DATA" not in os.environ:
         pytest.skip("MECOQ_REAL_DATA is not set")
     return Path(os.environ["MECOQ_REAL_DATA"]).resolve()
+
+
+@pytest.fixture(scope="session")
+def real_cifar10_root(real_data, tmp_path_factory):
+    """A data root with the real images, laid out by the folder's own tool."""
+    root = tmp_path_factory.mktemp("real")
+    subprocess.run([sys.executable, real_data / "tools" / "make_cifar10.py", root / "CIFAR-10"], check=True)
+    return root
 
 
 def write_cifar10(folder: Path) -> None:

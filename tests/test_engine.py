@@ -186,6 +186,23 @@ def test_training_teaches(tmp_path):
     assert after["map"] > before["map"] + 0.15
 
 
+def test_real_images_and_weights(real_cifar10_root, real_data, tmp_path):
+    """One epoch on 1,000 real images with the real SqueezeNet beats its untrained projection and codebooks."""
+    weights = real_data / "real" / "squeezenet1_0_imagenet_fp16.pth"
+    flags = [
+        "--dataset", "CIFAR10", "--protocol", "II", "--data_root", str(real_cifar10_root), "--limit", "1000",
+        "--backbone", "squeezenet1_0", "--weights", str(weights), "--image_size", "64", "--K", "256", "--M", "4",
+        "--feat_dim", "48", "--batch_size", "64", "--topK", "100", "--num_workers", "2",
+    ]  # fmt: skip
+    before, after = (
+        json.loads((small_run(tmp_path, *flags, "--epoch_num", epochs, notes=epochs) / "metrics.json").read_text())
+        for epochs in ("0", "2")
+    )
+    assert before["canonical_data"] is False
+    assert before["map"] > 0.15  # chance: 0.1
+    assert after["map"] > before["map"] + 0.05
+
+
 # ---------------------------------------------------------------- parts of a run
 
 

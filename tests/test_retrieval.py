@@ -120,17 +120,14 @@ def test_result_does_not_depend_on_the_chunks(monkeypatch):
     assert seen == [23, 4, 4, 4, 4, 4, 3]
 
 
-def precision_range(scores, relevant):
-    """Least and largest mean precision at every rank over all orders of equally scored images."""
-    ranges = []
-    for order_of_hits in (1, -1):
-        order = np.lexsort((order_of_hits * relevant.astype(int), -scores), axis=1)
-        hits = np.take_along_axis(relevant, order, axis=1).cumsum(axis=1)
-        ranges.append([
-            (hits / np.arange(1, hits.shape[1] + 1)).mean(axis=0),
-            (hits / np.maximum(hits[:, -1:], 1)).mean(axis=0),
-        ])  # fmt: skip
-    return ranges
+def curves_if_ties_fell(scores, relevant, luck):
+    """Mean precision and recall at every rank if scores within rounding of each other fell for the relevant images
+    (luck 1) or against them (luck -1)."""
+    rounding = 1e-6 * np.abs(scores).max()
+    order = np.argsort(-(scores + luck * rounding * relevant), axis=1)
+    hits = np.take_along_axis(relevant, order, axis=1).cumsum(axis=1)
+    precision, recall = hits / np.arange(1, hits.shape[1] + 1), hits / np.maximum(hits[:, -1:], 1)
+    return np.stack([recall.mean(axis=0), precision.mean(axis=0)])
 
 
 @pytest.mark.parametrize("distance", ["asym", "sym"])
@@ -150,17 +147,18 @@ def test_golden_metrics(golden, kind, distance):
         topK = re.search(r"MAP@(\w+)", key)[1]
         ours = retrieval.evaluate(tables, codes, *labels, None if topK == "None" else int(topK))
         assert ours.map == pytest.approx(float(numbers[key]), abs=1e-6)
-    scores = retrieval.aqs_scores(tables, codes).numpy()
-    low, high = precision_range(scores, retrieval.relevance(*labels).numpy())
-    for curve in (numbers[prefix + "PR"][::-1], ours.pr.flip(0).numpy()):  # precision, recall
-        assert (curve >= np.array(low) - 1e-6).all()
-        assert (curve <= np.array(high) + 1e-6).all()
-    certain = np.array(low) == np.array(high)
-    assert certain.mean() > 0.9
-    np.testing.assert_allclose(ours.pr.flip(0).numpy()[certain], numbers[prefix + "PR"][::-1][certain], atol=1e-6)
+    scores = retrieval.aqs_scores(tables, codes).double().numpy()
+    relevant = retrieval.relevance(*labels).numpy()
+    low, high = (curves_if_ties_fell(scores, relevant, luck) for luck in (-1, 1))
+    certain = low == high
+    assert certain.any()
+    for curve in (numbers[prefix + "PR"], ours.pr.numpy()):
+        assert (curve >= low - 1e-6).all()
+        assert (curve <= high + 1e-6).all()
+    np.testing.assert_allclose(ours.pr.numpy()[certain], numbers[prefix + "PR"][certain], atol=1e-6)
     for key in (key for key in keys if re.search(r"/P@", key)):
         topK = int(key.rpartition("@")[2])
         p_at_k = retrieval.evaluate(tables, codes, *labels, topK).p_at_k.numpy()
         np.testing.assert_array_equal(p_at_k[0], numbers[key][0])
-        settled = certain[0][:topK]
+        settled = certain[1][:topK]
         np.testing.assert_allclose(p_at_k[1][settled], numbers[key][1][settled], atol=1e-6)

@@ -16,7 +16,6 @@ import loss
 import main
 import retrieval
 from network import MeCoQ, build_backbone
-from utils import RunError
 
 SMALL = [
     "--dataset", "Digits", "--backbone", "convnet", "--image_size", "16", "--limit", "100",
@@ -25,6 +24,9 @@ SMALL = [
     "--topK", "20", "--queue_begin_epoch", "1", "--queue_size", "40", "--mode", "debias",
     "--pos_prior", "0.1",
 ]  # fmt: skip
+
+# a few steps of Adam spread the codes of so small a run; SGD's warm-up leaves them nearly all alike
+LIVELY = ["--optimizer", "Adam", "--lr", "0.003", "--K", "64"]
 
 
 def small_run(output: Path, *flags: str, notes: str = "small") -> Path:
@@ -35,7 +37,7 @@ def small_run(output: Path, *flags: str, notes: str = "small") -> Path:
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
     output = tmp_path_factory.mktemp("run")
-    small_run(output)
+    small_run(output, *LIVELY)
     return output
 
 
@@ -132,9 +134,12 @@ def test_log_keeps_the_released_lines_and_tensorboard_its_tags(finished):
 
 
 def test_one_seed_one_result_and_another_seed_another(tmp_path):
+    flags = ["--limit", "200", "--K", "64"]
     files = ("model.cpt", "db_codes.npy", "PR_curve.txt", "P_at_topK_curve.txt")
-    first, second = (small_run(tmp_path / name, "--num_workers", workers) for name, workers in (("a", "0"), ("b", "2")))
-    other = small_run(tmp_path / "c", "--seed", "7")
+    first, second = (
+        small_run(tmp_path / name, *flags, "--num_workers", workers) for name, workers in (("a", "0"), ("b", "2"))
+    )
+    other = small_run(tmp_path / "c", *flags, "--seed", "7")
     for name in files[1:]:
         assert (first / name).read_bytes() == (second / name).read_bytes()
         assert (first / name).read_bytes() != (other / name).read_bytes()
@@ -261,7 +266,7 @@ def test_learning_rates_follow_the_schedule_and_keep_their_scale():
     rates = np.array(rates)
     np.testing.assert_allclose(rates[:, 1], rates[:, 0] * 0.01)
     assert rates[0, 0] == pytest.approx(1e-5)
-    assert rates[:, 0].max() == rates[3, 0] == pytest.approx(0.01)
+    assert rates[:, 0].max() == rates[3, 0] == pytest.approx(0.05)
     counts = [len(group["params"]) for group in optimizer.param_groups]
     assert counts == [3, 6]  # projection and codebooks; one Fire module
 
@@ -293,7 +298,7 @@ def test_non_finite_loss_stops_the_run_and_names_the_last_good_checkpoint(tmp_pa
     def breaks(*a):
         terms = original(*a)
         steps.append(0)
-        if len(steps) == 7:  # epoch 1, step 2
+        if len(steps) == 10:  # epoch 1, step 2
             terms["loss/total_loss"] = terms["loss/total_loss"] * math.nan
         return terms
 
@@ -305,7 +310,6 @@ def test_non_finite_loss_stops_the_run_and_names_the_last_good_checkpoint(tmp_pa
     assert "\n" not in error
     state = torch.load(tmp_path / "checkpoints" / "nan" / "model.cpt", weights_only=True)
     assert all(v.isfinite().all() for v in state.values())
-    monkeypatch.setattr(engine, "objective", lambda *a: (_ for _ in ()).throw(RunError("x")))
 
 
 def test_symmetric_test_quantizes_the_queries():

@@ -48,7 +48,7 @@ def test_metrics_against_brute_force_with_many_ties(Q, n, M, multi_label, seed, 
     expected_map, recall, precision = brute_force(scores, relevant, topK or n)
     ours = retrieval.evaluate(tables, codes.to(torch.uint8), *labels, topK)
     assert ours.map == pytest.approx(expected_map, abs=1e-12)
-    np.testing.assert_allclose(ours.pr, [recall, precision], atol=1e-6)
+    np.testing.assert_allclose(ours.pr, [recall, precision], atol=1e-12)
     cut = min(topK or n, n)
     np.testing.assert_allclose(ours.p_at_k, [np.arange(1, cut + 1), precision[:cut]], atol=1e-12)
 

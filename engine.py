@@ -94,8 +94,12 @@ def build_scheduler(optimizer: torch.optim.Optimizer, args: Namespace, steps_per
     return torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
 
 
-def objective(model: MeCoQ, view1: Tensor, view2: Tensor, use_memory: bool, args: Namespace) -> dict[str, Tensor]:
-    """Eq. 14 without its weight decay, which the optimiser applies: the terms and their weighted sum.
+def objective(
+    model: MeCoQ, view1: Tensor, view2: Tensor, use_memory: bool, args: Namespace
+) -> tuple[dict[str, Tensor], Tensor]:
+    """Eq. 14 without its weight decay, which the optimiser applies.
+
+    Returns the terms and their weighted sum by TensorBoard tag, and the soft codes of both views `[2N, M, K]`.
 
     Args:
         view1, view2: `[N, 3, S, S]`.
@@ -113,14 +117,14 @@ def objective(model: MeCoQ, view1: Tensor, view2: Tensor, use_memory: bool, args
     )
     entropy = loss.code_entropy(soft_codes)
     diversity = loss.codeword_diversity(codewords)
-    return {
+    terms = {
         "loss/simclr_loss": contrastive,
         "loss/entropy_reg_loss": entropy,
         "loss/codeword_reg_loss": diversity,
         "loss/total_loss": contrastive + args.hp_lambda * entropy + args.hp_gamma * diversity,  # Eq. 14
         "quant_err": loss.quantization_error(quantizer.segments(z), reconstruction),
-        "soft_codes": soft_codes,
     }
+    return terms, soft_codes
 
 
 def train_epoch(
@@ -140,8 +144,7 @@ def train_epoch(
     bar = progress_bar(loader, f"epoch {epoch}")
     for step, views in enumerate(bar):
         view1, view2 = (view.to(args.device, non_blocking=True) for view in views)
-        terms = objective(model, view1, view2, use_memory, args)
-        soft_codes = terms.pop("soft_codes")
+        terms, soft_codes = objective(model, view1, view2, use_memory, args)
         scalars = {"lr": scheduler.get_last_lr()[0]} | {name: term.item() for name, term in terms.items()}
         total = scalars["loss/total_loss"]
         if not math.isfinite(total):
@@ -175,12 +178,8 @@ def train(
     patience = Patience(args.monitor_counter)
     history: list[dict] = []
     for epoch in range(args.epoch_num):
-        try:
-            with watch.measure("train"):
-                means = train_epoch(model, loader, optimizer, scheduler, epoch, args, writer)
-        except RunError as error:
-            best = f"{files.model} (val mAP={patience.best:.6f})" if patience.best >= 0 else "none was saved yet"
-            raise RunError(f"{error}; last good checkpoint: {best}. Try a smaller --lr or a larger --T") from None
+        with watch.measure("train"), naming_checkpoint(files.model, patience):
+            means = train_epoch(model, loader, optimizer, scheduler, epoch, args, writer)
         history.append({"epoch": epoch} | means)
         LOG.info(
             "epoch %d: avg loss=%.6f, avg quantization error=%.6f",
@@ -189,7 +188,7 @@ def train(
         last = epoch + 1 == args.epoch_num
         if not last and (epoch + 1) % args.eval_interval:
             continue
-        with watch.measure("validate"):
+        with watch.measure("validate"), naming_checkpoint(files.model, patience):
             value = test(model, splits, args)[0].map
         history[-1]["val_mAP"] = value
         LOG.info("val mAP=%.6f", value)
@@ -203,6 +202,16 @@ def train(
     return history
 
 
+@contextmanager
+def naming_checkpoint(path: Path, patience: Patience) -> Iterator[None]:
+    """Add to a RunError what can be saved from the run."""
+    try:
+        yield
+    except RunError as error:
+        best = f"{path} (val mAP={patience.best:.6f})" if patience.best >= 0 else "none was saved yet"
+        raise RunError(f"{error}; last good checkpoint: {best}. Try a smaller --lr or a larger --T") from None
+
+
 def save_model(model: MeCoQ, path: Path) -> None:
     with atomic_write(path) as file:
         torch.save(model.state_dict(), file)
@@ -213,12 +222,17 @@ def save_model(model: MeCoQ, path: Path) -> None:
 
 @torch.inference_mode()
 def encode(model: MeCoQ, images: data.Images, args: Namespace, hard: bool) -> Tensor:
-    """Hard codes `[n, M]` of images, or their embeddings `[n, D]`, on the CPU, in the images' order."""
+    """Hard codes `[n, M]` of images, or their embeddings `[n, D]`, on the CPU, in the images' order.
+
+    Raises RunError where an embedding is not finite: its code would mean nothing.
+    """
     model.eval()
     loader = data.test_loader(images, args.image_size, args.batch_size, args.num_workers, args.device != "cpu")
     rows = []
     for batch in progress_bar(loader, "encode database" if hard else "encode queries"):
         z = model(batch.to(args.device, non_blocking=True))
+        if not z.isfinite().all():
+            raise RunError("the embeddings are not finite numbers")
         rows.append((model.quantizer.hard_codes(z) if hard else z).cpu())
     return torch.cat(rows)
 

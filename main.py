@@ -249,7 +249,7 @@ def main(argv: list[str] | None = None) -> int:
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    except RunError as error:
+    except (RunError, OSError) as error:  # OSError: a file or the network failed under a sound run
         print(f"error: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:

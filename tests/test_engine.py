@@ -16,6 +16,7 @@ import loss
 import main
 import retrieval
 from network import MeCoQ, build_backbone
+from utils import RunError
 
 SMALL = [
     "--dataset", "Digits", "--backbone", "convnet", "--image_size", "16", "--limit", "100",
@@ -216,7 +217,7 @@ def test_objective_is_equation_14_over_both_views_and_the_memory():
     model = model_of(args)
     model.memory.enqueue(torch.rand(11, 2, 8).softmax(-1))
     view1, view2 = torch.rand(2, 5, 3, 16, 16)
-    terms = engine.objective(model, view1, view2, True, args)
+    terms, soft_codes = engine.objective(model, view1, view2, True, args)
     z = model(torch.cat([view1, view2]))
     p, _ = model.quantizer(z)
     C = F.normalize(model.quantizer.codebooks, dim=-1)
@@ -229,7 +230,8 @@ def test_objective_is_equation_14_over_both_views_and_the_memory():
     contrastive = loss.contrastive_loss(views[:5], views[5:], memory, T=0.3, pos_prior=0.1)
     expected = contrastive + 0.3 * loss.code_entropy(p) + 0.5 * loss.codeword_diversity(C)
     torch.testing.assert_close(terms["loss/total_loss"], expected)
-    without = engine.objective(model, view1, view2, False, args)["loss/simclr_loss"]
+    torch.testing.assert_close(soft_codes, p)
+    without = engine.objective(model, view1, view2, False, args)[0]["loss/simclr_loss"]
     torch.testing.assert_close(without, loss.contrastive_loss(views[:5], views[5:], T=0.3, pos_prior=0.1))
     terms["loss/total_loss"].backward()
     assert model.quantizer.codebooks.grad.abs().sum() > 0
@@ -296,11 +298,11 @@ def test_non_finite_loss_stops_the_run_and_names_the_last_good_checkpoint(tmp_pa
     original, steps = engine.objective, []
 
     def breaks(*a):
-        terms = original(*a)
+        terms, soft_codes = original(*a)
         steps.append(0)
         if len(steps) == 10:  # epoch 1, step 2
             terms["loss/total_loss"] = terms["loss/total_loss"] * math.nan
-        return terms
+        return terms, soft_codes
 
     monkeypatch.setattr(engine, "objective", breaks)
     assert main.main([*SMALL, "--output", str(tmp_path), "--notes", "nan"]) == 1
@@ -310,6 +312,14 @@ def test_non_finite_loss_stops_the_run_and_names_the_last_good_checkpoint(tmp_pa
     assert "\n" not in error
     state = torch.load(tmp_path / "checkpoints" / "nan" / "model.cpt", weights_only=True)
     assert all(v.isfinite().all() for v in state.values())
+
+
+def test_broken_weights_are_not_tested():
+    args = args_of()
+    model, splits = model_of(args), data.load_splits("Digits", "I", 1, Path("none"), limit=5)
+    model.projection.weight.data[0, 0] = math.nan
+    with pytest.raises(RunError, match="not finite"):
+        engine.test(model, splits, args)
 
 
 def test_symmetric_test_quantizes_the_queries():

@@ -104,6 +104,14 @@ def test_output_that_can_not_be_written(capsys, tmp_path):
     assert "cannot write" in refused(capsys, "--output", str(tmp_path / "file"))
 
 
+def test_a_file_that_fails_under_the_run_is_named(capsys, tmp_path):
+    (tmp_path / "logs" / "x.log").mkdir(parents=True)
+    assert main.main(["--dataset", "Digits", "--backbone", "convnet", "--output", str(tmp_path), "--notes", "x"]) == 1
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1
+    assert "x.log" in error
+
+
 def test_missing_data_set(tmp_path):
     """As a user meets it: a real process, one line, exit code 2."""
     result = subprocess.run(

@@ -246,12 +246,9 @@ def main(argv: list[str] | None = None) -> int:
             print(json.dumps(vars(args), indent=2))
         else:
             run(args)
-    except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except (RunError, OSError) as error:  # OSError: a file or the network failed under a sound run
-        print(f"error: {error}", file=sys.stderr)
-        return 1
+    except (InputError, RunError, OSError) as error:  # OSError: a file failed under a sound run
+        print("error:", *str(error).split(), file=sys.stderr)  # in one line, whatever a library's message looks like
+        return 2 if isinstance(error, InputError) else 1
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130

@@ -4,6 +4,10 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit 1
 python=.venv/bin/python
 if ! "$python" -m pip --version >/dev/null 2>&1; then
     echo "Making .venv and installing into it: about 5 GB with PyTorch's GPU libraries, a few minutes the first time."
+    if ! "${PYTHON:-python3}" -c 'import sys; sys.exit(sys.version_info < (3, 11))'; then
+        echo "error: Python 3.11 or newer is needed; name one with PYTHON=/path/to/python3 before the command" >&2
+        exit 2
+    fi
     "${PYTHON:-python3}" -m venv .venv
 fi
 "$python" -m pip install --quiet --disable-pip-version-check "${@/#/--requirement=}"

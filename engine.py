@@ -214,7 +214,7 @@ def naming_checkpoint(path: Path, patience: Patience) -> Iterator[None]:
 
 def save_model(model: MeCoQ, path: Path) -> None:
     with atomic_write(path) as file:
-        torch.save(model.state_dict(), file)
+        torch.save({name: tensor.cpu() for name, tensor in model.state_dict().items()}, file)  # readable without a GPU
 
 
 # ---------------------------------------------------------------- testing
@@ -243,13 +243,13 @@ def test(model: MeCoQ, splits: data.Splits, args: Namespace) -> tuple[retrieval.
     db_codes = encode(model, splits.database, args, hard=True)
     queries = encode(model, splits.query, args, hard=args.symmetric_distance)
     codewords = model.quantizer.codewords()
-    if args.symmetric_distance:
-        tables = retrieval.symmetric_tables(queries.to(args.device), codewords)
-    else:
-        tables = retrieval.lookup_tables(queries.to(args.device), codewords)
+    if not codewords.isfinite().all():
+        raise RunError("the codewords are not finite numbers")
+    tables = retrieval.symmetric_tables if args.symmetric_distance else retrieval.lookup_tables
     with progress_bar(None, "rank queries", total=len(queries)) as bar:
         metrics = retrieval.evaluate(
-            tables,
+            lambda part: tables(part, codewords),
+            queries.to(args.device),
             db_codes.to(args.device),
             torch.from_numpy(splits.query.labels).to(args.device),
             torch.from_numpy(splits.database.labels).to(args.device),

@@ -28,9 +28,11 @@ def log_negative_term(log_negatives: Tensor, log_positive: Tensor, T: float, pos
         return torch.full_like(log_positive, -math.inf)
     total = log_negatives.logsumexp(dim=1)
     if pos_prior > 0:
-        # log(e^a - e^b) = a + log(1 - e^(b-a)); where b >= a the bound below takes over and its gradient with it
+        # log(e^a - e^b) = a + log(1 - e^(b-a)); where b >= a there is none, and the bound below takes over
         gap = math.log(n * pos_prior) + log_positive - total
-        total = total + torch.log(-torch.expm1(gap.clamp(max=-torch.finfo(gap.dtype).eps)))
+        least = -torch.finfo(gap.dtype).eps
+        corrected = total + torch.log(-torch.expm1(gap.clamp(max=least)))  # clamped: a finite gradient everywhere
+        total = torch.where(gap < least, corrected, -math.inf)
     return (total - math.log1p(-pos_prior)).clamp(min=math.log(n) - 1 / T)
 
 

@@ -19,6 +19,9 @@ import engine
 from network import BACKBONES, MeCoQ, build_backbone
 from utils import LOG, InputError, RunError, check_writable, logging_to, seed_everything
 
+# how PyTorch words it on a GPU, on a CPU, and where the shared memory of its workers is full
+OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "DataLoader worker", "bus error")
+
 # A recipe is a set of defaults; a flag that the user gives wins.
 RECIPES: dict[str, dict[str, object]] = {
     "paper": {"hp_lambda": 0.0},
@@ -155,9 +158,9 @@ def resolve(args: Namespace) -> Namespace:
     del args.vgg_model_path
     if args.lr_scaling is None:
         args.lr_scaling = 1.0 if from_scratch else 1e-3
+    check(args)
     if args.mode == "simple":
         args.pos_prior = 0.0
-    check(args)
     if args.notes is None:
         protocol = args.protocol if args.dataset == "CIFAR10" else ""
         args.notes = f"{args.dataset}{protocol}{engine.code_bits(args)}bits"
@@ -173,6 +176,7 @@ def check(args: Namespace) -> None:
 
     for flag, value in vars(args).items():
         require(not isinstance(value, float) or math.isfinite(value), flag, "must be a finite number")
+        require(not isinstance(value, int) or value < 2**32, flag, "is beyond any machine")
     for flag in ("image_size", "feat_dim", "M", "queue_size", "eval_interval", "monitor_counter"):
         require(getattr(args, flag) >= 1, flag, "must be at least 1")
     for flag in ("limit", "topK"):
@@ -195,7 +199,11 @@ def check(args: Namespace) -> None:
     require(args.image_size >= 32 or args.backbone == "convnet", "image_size", f"{args.backbone} needs at least 32")
     require(args.image_size >= 8, "image_size", "convnet needs at least 8")
     require(args.backbone != "convnet" or args.weights != "imagenet", "weights", "convnet has none: use random")
-    require(re.fullmatch(r"cpu|cuda(:\d+)?", args.device) is not None, "device", "must be cpu, cuda or cuda:N")
+    require(
+        re.fullmatch(r"cpu|cuda(:(0|[1-9][0-9]{0,3}))?", args.device) is not None,
+        "device",
+        "must be cpu, cuda or cuda:N",
+    )
     require(
         args.notes is None or re.fullmatch(r"\w[\w.+=-]*", args.notes) is not None,
         "notes",
@@ -220,11 +228,16 @@ def check_device(device: str) -> None:
 def run(args: Namespace) -> None:
     """Build what the flags describe, train and test it. Raises InputError or RunError."""
     check_device(args.device)
+    if args.device != "cpu":
+        torch.cuda.set_device(args.device)
     files = engine.Files(Path(args.output), args.notes)
     for folder in (files.checkpoints, files.log.parent if args.disable_writer else files.tensorboard):
         check_writable(folder)
     with logging_to(files.log):
         LOG.info("recipe %s, configuration: %s", args.recipe, json.dumps(vars(args)))
+        if args.precision == "bf16" and args.device != "cpu" and not torch.cuda.is_bf16_supported(False):
+            LOG.warning("WARNING: this GPU has no bfloat16: running with --precision fp32")
+            args.precision = "fp32"
         seed_everything(args.seed)
         splits = data.load_splits(
             args.dataset, args.protocol, args.seed, Path(args.data_root), args.download_cifar10, args.limit
@@ -249,6 +262,12 @@ def main(argv: list[str] | None = None) -> int:
     except (InputError, RunError, OSError) as error:  # OSError: a file failed under a sound run
         print("error:", *str(error).split(), file=sys.stderr)  # in one line, whatever a library's message looks like
         return 2 if isinstance(error, InputError) else 1
+    except (MemoryError, RuntimeError) as error:
+        if not isinstance(error, MemoryError) and not any(words in str(error) for words in OUT_OF_MEMORY):
+            raise
+        reason = " ".join(str(error).split())[:200]
+        print(f"error: out of memory ({reason}): try a smaller --batch_size or --num_workers", file=sys.stderr)
+        return 1
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130

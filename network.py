@@ -2,10 +2,10 @@
 
 import itertools
 import pickle
+import sys
 from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
-from urllib.error import URLError
 
 import torch
 import torch.nn.functional as F
@@ -143,8 +143,10 @@ def build_backbone(name: str, weights: str, trainable_layer_num: int, bf16: bool
 
 def _imagenet_state(name: str) -> dict[str, Tensor]:
     try:
-        return torchvision.models.get_model_weights(name).IMAGENET1K_V1.get_state_dict(progress=True, check_hash=True)
-    except (URLError, OSError, RuntimeError) as error:
+        return torchvision.models.get_model_weights(name).IMAGENET1K_V1.get_state_dict(
+            progress=sys.stderr.isatty(), check_hash=True, weights_only=True
+        )
+    except Exception as error:  # network, proxy, hash, or a damaged file in torch's cache
         raise InputError(
             f"--weights imagenet: {name} could not be downloaded ({error}): check the network, or fetch its "
             "torchvision state dict elsewhere and pass --weights PATH"
@@ -157,8 +159,10 @@ def read_state_dict(path: Path, flag: str) -> dict[str, Tensor]:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise InputError(f"{flag}: {path} does not exist") from None
-    except (OSError, RuntimeError, EOFError, ValueError, KeyError, pickle.UnpicklingError) as error:
+    except Exception as error:  # a damaged pickle can raise nearly anything
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        if isinstance(error, pickle.UnpicklingError):  # torch would advise to switch the safety off
+            reason = "damaged, or it holds more than tensors: save model.state_dict()"
         raise InputError(f"{flag}: {path} is not a readable PyTorch state dict ({reason})") from error
     if not isinstance(state, dict) or not all(isinstance(v, Tensor) for v in state.values()):
         raise InputError(f"{flag}: {path} is not a state dict (names -> tensors)")
@@ -172,10 +176,18 @@ def _load_weights(net: nn.Module, state: dict[str, Tensor], known: set[str], fau
             raise InputError(f"{fault}: {key} is missing")
         if key in state and state[key].shape != value.shape:
             raise InputError(f"{fault}: {key} is {list(state[key].shape)} instead of {list(value.shape)}")
+        if key in state and not _plain_numbers(state[key]):
+            raise InputError(f"{fault}: {key} does not hold plain finite numbers")
     for key in state:
         if key not in known:
             raise InputError(f"{fault}: {key} is not part of it")
     net.load_state_dict({k: v for k, v in state.items() if k in net.state_dict()}, strict=False)
+
+
+def _plain_numbers(tensor: Tensor) -> bool:
+    if tensor.layout != torch.strided or tensor.is_meta or tensor.is_quantized or tensor.is_complex():
+        return False
+    return bool(tensor.float().isfinite().all())
 
 
 # ---------------------------------------------------------------- quantizer and memory

@@ -31,8 +31,8 @@ def lookup_tables(queries: Tensor, codewords: Tensor, normalize_query: bool = Tr
 
 def symmetric_tables(query_codes: Tensor, codewords: Tensor) -> Tensor:
     """Tables for quantized queries: `[Q, M, K]`, the rows of C^m C^mT that `query_codes` `[Q, M]` select."""
-    inner = torch.einsum("mkd,mjd->mkj", codewords, codewords)
-    return torch.stack([inner[m][query_codes[:, m].long()] for m in range(len(codewords))], dim=1)
+    chosen = torch.stack([codewords[m][query_codes[:, m].long()] for m in range(len(codewords))], dim=1)  # [Q, M, d]
+    return torch.einsum("qmd,mkd->qmk", chosen, codewords)
 
 
 def aqs_scores(tables: Tensor, db_codes: Tensor) -> Tensor:
@@ -73,7 +73,8 @@ def average_precision(ranked: Tensor) -> Tensor:
 
 
 def evaluate(
-    tables: Tensor,
+    tables: Callable[[Tensor], Tensor],
+    queries: Tensor,
     db_codes: Tensor,
     query_labels: Tensor,
     db_labels: Tensor,
@@ -85,22 +86,23 @@ def evaluate(
     A query without any relevant image counts with AP, recall and precision 0.
 
     Args:
-        tables: `[Q, M, K]` from `lookup_tables` or `symmetric_tables`.
+        tables: makes some of the queries' tables `[q, M, K]`, by `lookup_tables` or `symmetric_tables`.
+        queries: `[Q, ...]`, what `tables` takes: embeddings or codes.
         db_codes: `[n, M]` integer codes.
         query_labels, db_labels: class ids `[Q]`, `[n]`, or multi-hot `[Q, L]`, `[n, L]`.
         topK: the K of MAP@K; None or anything above n means the whole database.
         on_chunk: called with the number of queries done after each chunk (a progress bar).
     """
-    Q, n = len(tables), len(db_codes)
+    Q, n = len(queries), len(db_codes)
     topK = min(topK or n, n)
-    ap_sum = torch.zeros((), dtype=torch.float64, device=tables.device)
-    recall_sum = torch.zeros(n, dtype=torch.float64, device=tables.device)
-    precision_sum = torch.zeros(n, dtype=torch.float64, device=tables.device)
-    ranks = torch.arange(1, n + 1, dtype=torch.float64, device=tables.device)
+    ap_sum = torch.zeros((), dtype=torch.float64, device=db_codes.device)
+    recall_sum = torch.zeros(n, dtype=torch.float64, device=db_codes.device)
+    precision_sum = torch.zeros(n, dtype=torch.float64, device=db_codes.device)
+    ranks = torch.arange(1, n + 1, dtype=torch.float64, device=db_codes.device)
     chunk = max(1, CHUNK_ELEMENTS // n)
     for start in range(0, Q, chunk):
         part = slice(start, start + chunk)
-        order = aqs_scores(tables[part], db_codes).argsort(dim=1, descending=True, stable=True)
+        order = aqs_scores(tables(queries[part]), db_codes).argsort(dim=1, descending=True, stable=True)
         ranked = relevance(query_labels[part], db_labels).gather(1, order)
         ap_sum += average_precision(ranked[:, :topK]).sum()
         hits = ranked.cumsum(dim=1, dtype=torch.float64)

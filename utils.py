@@ -88,9 +88,15 @@ class _LogThroughTqdm(logging.StreamHandler):
 
 @contextmanager
 def logging_to(path: Path) -> Iterator[None]:
-    """Log lines go to the screen and are appended to `path` for as long as the context lasts."""
+    """Log lines go to the screen and are appended to `path`, at last the error that ends the context, if one does.
+
+    Raises InputError where `path` can not be written.
+    """
     formatter = logging.Formatter("%(asctime)s - %(message)s")
-    handlers = [_LogThroughTqdm(sys.stdout), logging.FileHandler(path, encoding="utf-8")]
+    try:
+        handlers = [_LogThroughTqdm(sys.stdout), logging.FileHandler(path, encoding="utf-8")]
+    except OSError as error:
+        raise InputError(f"--output: cannot write to {path}: {error.strerror}; name another folder") from error
     LOG.setLevel(logging.INFO)
     LOG.propagate = False
     for handler in handlers:
@@ -98,6 +104,10 @@ def logging_to(path: Path) -> Iterator[None]:
         LOG.addHandler(handler)
     try:
         yield
+    except BaseException as error:
+        LOG.removeHandler(handlers[0])  # the screen is told by `main`
+        LOG.error("stopped: %s", " ".join(str(error).split()) or type(error).__name__)
+        raise
     finally:
         for handler in handlers:
             LOG.removeHandler(handler)

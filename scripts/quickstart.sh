@@ -1,11 +1,11 @@
 #!/usr/bin/env bash
 # Trains 32-bit MeCoQ from scratch on 1,497 handwritten digits, without a label, in minutes on two CPU cores.
-# Says how well 300 others are found, before and after. Further flags are passed on to main.py.
+# Says how well 300 others are found, before and after.
 set -euo pipefail
 source "$(dirname "$0")/venv.sh" requirements.txt
 
 flags=(--dataset Digits --backbone convnet --image_size 32 --M 4 --feat_dim 64 --T 0.3 --mode debias --pos_prior 0.1
-    --lr 0.05 --topK 100 "$@")
+    --lr 0.05 --topK 100)
 "$python" main.py "${flags[@]}" --epoch_num 0 --notes quickstart-untrained --disable_writer
 "$python" main.py --epoch_num 15 --queue_begin_epoch 5 "${flags[@]}" --notes quickstart
 "$python" - <<'PY'

@@ -3,6 +3,7 @@
 set -euo pipefail
 source "$(dirname "$0")/venv.sh" requirements-test.txt
 
-"$python" -m ruff check .
-"$python" -m ruff format --check .
-exec "$python" -m pytest "$@"
+style=0
+"$python" -m ruff check . && "$python" -m ruff format --check . || style=$?
+"$python" -m pytest "$@"
+exit "$style"

@@ -23,7 +23,11 @@ def golden_splits():
                 yield pytest.param(seed, protocol, part, expected, id=f"{seed}-{protocol}-{part}")
 
 
-@pytest.mark.parametrize(("seed", "protocol", "part", "expected"), list(golden_splits()))
+GOLDEN_SPLITS = list(golden_splits())
+assert GOLDEN_SPLITS, f"no splits_seed*.json in {GOLDEN}"
+
+
+@pytest.mark.parametrize(("seed", "protocol", "part", "expected"), GOLDEN_SPLITS)
 def test_golden_splits(seed, protocol, part, expected):
     """The hashes were taken over a file order in which every ten images hold each class once, turned by one."""
     position = np.arange(60000)
@@ -46,10 +50,11 @@ def test_cifar10_protocols(protocol, cifar10_root):
     assert not splits.canonical
 
 
-def test_cifar10_pixels_are_planes_of_rows(tmp_path):
+@pytest.mark.parametrize("pickle_protocol", [2, 4, 5])
+def test_cifar10_pixels_are_planes_of_rows(pickle_protocol, tmp_path):
     rows = np.random.default_rng(0).integers(0, 256, (10000, 3072), dtype=np.uint8)
     batch = {"batch_label": "testing batch 1 of 1", "labels": [3] * 10000, "data": rows}
-    (tmp_path / "test_batch").write_bytes(pickle.dumps(batch, protocol=4))
+    (tmp_path / "test_batch").write_bytes(pickle.dumps(batch, protocol=pickle_protocol))
     images = data.read_cifar10_batch(tmp_path / "test_batch")
     assert images.pixels[17, 4, 9].tolist() == [rows[17, plane * 1024 + 4 * 32 + 9] for plane in range(3)]
 
@@ -99,6 +104,7 @@ def damage(folder, kind):
         "too few labels": remade(batch, labels=labels[1:]),
         "labels of text": remade(batch, labels=["cat"] * 10000),
         "class sizes": remade(batch, labels=[4, *labels[1:]]),
+        "odd title": remade(batch, batch_label=np.zeros(3)),
         "short data": remade(batch, data=batch["data"][:-1]),
         "swapped files": (folder / "data_batch_4").read_bytes(),
     }
@@ -121,6 +127,7 @@ def damage(folder, kind):
         ("too few labels", "data_batch_3: there are not 10000 labels"),
         ("labels of text", "data_batch_3: mislabelled"),
         ("class sizes", "mislabelled, CIFAR-10 has 6000 images a class but class 0 has 5999"),
+        ("odd title", "data_batch_3: mislabelled, the file says"),
         ("short data", "data_batch_3: data is not an array"),
         ("swapped files", "data_batch_3: mislabelled, the file says it is 'training batch 4 of 5'"),
     ],

@@ -58,6 +58,14 @@ def test_lower_bound_takes_over_where_debiasing_would_go_below_zero():
     assert float(ours) == pytest.approx(-math.log(positive / (positive + bound)), rel=1e-12)
 
 
+def test_negative_term_in_float32_at_a_low_temperature():
+    """200 negatives at s- = 0.86, s+ = 1, tau = 0.05: the corrected sum is below the bound, which must hold."""
+    log_negatives, log_positive = torch.full((1, 200), 0.86 / 0.05), torch.tensor([1 / 0.05])
+    ours = loss.log_negative_term(log_negatives, log_positive, T=0.05, pos_prior=0.2)
+    assert math.exp(0.86 / 0.05) < 0.2 * math.exp(1 / 0.05)
+    assert float(ours) == pytest.approx(math.log(200) - 1 / 0.05, rel=1e-6)
+
+
 def test_without_debiasing_it_is_the_cross_entropy_of_simclr():
     view1, view2 = torch.randn(2, 9, 5, dtype=torch.float64)
     z = F.normalize(torch.cat([view1, view2]), dim=1)

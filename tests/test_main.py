@@ -77,12 +77,13 @@ def test_defaults_that_depend_on_other_flags(capsys):
         "--dataset MNIST", "--protocol III", "--optimizer LBFGS", "--device tpu", "--device cuda:x",
         "--backbone alexnet", "--recipe mine", "--precision fp8", "--mode hard", "--feat_dim 30",
         "--feat_dim 0", "--M 0", "--M -1", "--K 1", "--K 65537", "--T 0", "--T -1", "--T nan", "--T inf",
-        "--pos_prior 1 --mode debias", "--pos_prior -0.1 --mode debias", "--batch_size 0", "--batch_size 1",
+        "--pos_prior 1 --mode debias", "--pos_prior -0.1 --mode debias", "--pos_prior 1",
+        "--pos_prior nan", "--batch_size 0", "--batch_size 1",
         "--batch_size -5", "--queue_size 0", "--queue_begin_epoch -2", "--topK 0", "--image_size 0",
         "--image_size 16", "--epoch_num -1", "--num_workers -1", "--limit 0", "--eval_interval 0",
         "--monitor_counter 0", "--lr 0", "--lr nan", "--hp_beta -1", "--hp_gamma nan", "--hp_lambda -1",
         "--alpha 0", "--momentum 1", "--trainable_layer_num 3", "--seed -1", "--seed 4294967296",
-        "--M two", "--unknown 1",
+        "--M two", "--unknown 1", "--device cuda:00", "--batch_size 100000000000000000000",
         "--notes ../up", "--notes a/b", "--notes .", "--notes ", "--backbone convnet --weights imagenet",
         "--warmup_epoch_num -1", "--lr_scaling -1", "--mo debias",
     ],
@@ -104,12 +105,40 @@ def test_output_that_can_not_be_written(capsys, tmp_path):
     assert "cannot write" in refused(capsys, "--output", str(tmp_path / "file"))
 
 
-def test_a_file_that_fails_under_the_run_is_named(capsys, tmp_path):
+def test_a_log_that_can_not_be_written(capsys, tmp_path):
     (tmp_path / "logs" / "x.log").mkdir(parents=True)
-    assert main.main(["--dataset", "Digits", "--backbone", "convnet", "--output", str(tmp_path), "--notes", "x"]) == 1
-    error = capsys.readouterr().err
-    assert error.count("\n") == 1
-    assert "x.log" in error
+    flags = ["--dataset", "Digits", "--backbone", "convnet", "--output", str(tmp_path), "--notes", "x"]
+    assert "x.log" in refused(capsys, *flags)
+
+
+@pytest.mark.parametrize(
+    ("error", "words"),
+    [
+        (OSError(28, "No space left on device"), "No space left"),
+        (torch.OutOfMemoryError("CUDA out of memory.\nTried to allocate"), "out of memory"),
+        (MemoryError(), "out of memory"),
+    ],
+)
+def test_failures_under_the_run_end_in_one_line_there_and_in_the_log(error, words, capsys, tmp_path, monkeypatch):
+    def fail(*args):
+        raise error
+
+    monkeypatch.setattr(main.engine, "run", fail)
+    flags = ["--dataset", "Digits", "--backbone", "convnet", "--output", str(tmp_path), "--notes", "x"]
+    assert main.main(flags) == 1
+    printed = capsys.readouterr().err
+    assert printed.count("\n") == 1
+    assert words in printed
+    assert "stopped: " in (tmp_path / "logs" / "x.log").read_text().splitlines()[-1]
+
+
+def test_a_bug_keeps_its_traceback(tmp_path, monkeypatch):
+    def fail(*args):
+        raise RuntimeError("shapes do not match")
+
+    monkeypatch.setattr(main.engine, "run", fail)
+    with pytest.raises(RuntimeError, match="shapes"):
+        main.main(["--dataset", "Digits", "--backbone", "convnet", "--output", str(tmp_path)])
 
 
 def test_missing_data_set(tmp_path):

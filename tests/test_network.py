@@ -112,7 +112,7 @@ def test_memory_stays_out_of_the_state_dict_and_of_gradients():
 
 # ---------------------------------------------------------------- backbones
 
-LAST_LAYER = {"squeezenet1_0": "features.12.cat", "resnet18": "flatten", "resnet50": "flatten"}
+LAST_LAYER = {"vgg16": "classifier.5", "squeezenet1_0": "features.12.cat", "resnet18": "flatten", "resnet50": "flatten"}
 
 
 @pytest.mark.parametrize("name", LAST_LAYER)
@@ -187,6 +187,10 @@ def damaged(state, kind):
         state["features.3.squeeze.weight"] = torch.zeros(2, 2)
     elif kind == "foreign":
         state["features.99.weight"] = torch.zeros(2)
+    elif kind == "nan":
+        state["features.3.squeeze.weight"] = torch.full((16, 96, 1, 1), torch.nan)
+    elif kind == "meta":
+        state["features.3.squeeze.weight"] = torch.empty((16, 96, 1, 1), device="meta")
     elif kind == "nested":
         state = {"state_dict": state}
     return state
@@ -198,6 +202,8 @@ def damaged(state, kind):
         ("missing", r"do not fit squeezenet1_0: features.3.squeeze.weight is missing"),
         ("shape", r"features.3.squeeze.weight is \[2, 2\] instead of \[16, 96, 1, 1\]"),
         ("foreign", r"features.99.weight is not part of it"),
+        ("nan", r"features.3.squeeze.weight does not hold plain finite numbers"),
+        ("meta", r"features.3.squeeze.weight does not hold plain finite numbers"),
         ("nested", r"is not a state dict"),
     ],
 )
@@ -208,7 +214,7 @@ def test_weights_that_do_not_fit_name_the_first_key(kind, words, tmp_path):
         build_backbone("squeezenet1_0", str(tmp_path / "w.pth"), 0, bf16=False)
 
 
-@pytest.mark.parametrize("content", [b"", b"garbage", b"PK\x03\x04 cut off", None])
+@pytest.mark.parametrize("content", [b"", b"garbage", b"PK\x03\x04 cut off", b".", b"e", b"J\x00", None])
 def test_unreadable_weights(content, tmp_path):
     path = tmp_path / "w.pth"
     if content is not None:

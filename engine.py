@@ -22,7 +22,7 @@ import data
 import loss
 import retrieval
 from network import MeCoQ, read_state_dict
-from utils import LOG, Patience, RunError, atomic_write, learning_rate, progress_bar, write_json
+from utils import LOG, InputError, Patience, RunError, atomic_write, learning_rate, progress_bar, write_json
 
 
 @dataclass
@@ -276,7 +276,10 @@ def run(model: MeCoQ, splits: data.Splits, args: Namespace, files: Files) -> dic
         if writer:
             writer.close()
     if history:
-        model.load_state_dict(read_state_dict(files.model, "checkpoint"))
+        try:
+            model.load_state_dict(read_state_dict(files.model, "best checkpoint"))
+        except (InputError, RuntimeError) as error:
+            raise RunError(f"{files.model} changed under the run: {error}") from error
     else:
         save_model(model, files.model)
     with watch.measure("test"):

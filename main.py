@@ -20,7 +20,7 @@ from network import BACKBONES, MeCoQ, build_backbone
 from utils import LOG, InputError, RunError, check_writable, logging_to, seed_everything
 
 # how PyTorch words it on a GPU, on a CPU, and where the shared memory of its workers is full
-OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "DataLoader worker", "bus error")
+OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "bus error", "Bus error", "killed by signal: Killed")
 
 # A recipe is a set of defaults; a flag that the user gives wins.
 RECIPES: dict[str, dict[str, object]] = {
@@ -88,7 +88,8 @@ def _add_network_flags(group: argparse._ArgumentGroup) -> None:
         help="of the backbone; PATH: a state dict with torchvision's keys (default: imagenet; convnet: random)")
     add("--vgg_model_path", metavar="PATH", help="the same as --weights PATH")
     add("--trainable_layer_num", type=int, default=0,
-        help="trained blocks of the backbone, from its end; vgg16: 0, 1 (fc7) or 2 (fc6, fc7) (default: %(default)s)")
+        help="trained blocks of the backbone, from its end; vgg16: 0, 1 (fc7) or 2 (fc6, fc7); convnet: always all "
+        "(default: %(default)s)")
     add("--precision", choices=["bf16", "fp32"], default="bf16",
         help="of the frozen part of the backbone; all that is learned is float32 (default: %(default)s)")
     add("--feat_dim", type=int, default=64, help="D, dimensions of the embedding (default: %(default)s)")
@@ -159,6 +160,8 @@ def resolve(args: Namespace) -> Namespace:
     if args.lr_scaling is None:
         args.lr_scaling = 1.0 if from_scratch else 1e-3
     check(args)
+    if args.device == "cuda":
+        args.device = "cuda:0"
     if args.mode == "simple":
         args.pos_prior = 0.0
     if args.notes is None:
@@ -187,6 +190,7 @@ def check(args: Namespace) -> None:
         require(getattr(args, flag) >= 0, flag, "must not be negative")
     for flag in ("T", "alpha", "lr"):
         require(getattr(args, flag) > 0, flag, "must be positive")
+    require(args.T >= 1e-4, "T", "must be at least 0.0001: exp(1 / tau) has to mean something")
     require(0 <= args.seed < 2**32, "seed", "must be from 0 to 2^32 - 1")
     require(0 <= args.momentum < 1, "momentum", "must be in [0, 1)")
     require(0 <= args.pos_prior < 1, "pos_prior", "must be in [0, 1)")
@@ -234,10 +238,10 @@ def run(args: Namespace) -> None:
     for folder in (files.checkpoints, files.log.parent if args.disable_writer else files.tensorboard):
         check_writable(folder)
     with logging_to(files.log):
-        LOG.info("recipe %s, configuration: %s", args.recipe, json.dumps(vars(args)))
         if args.precision == "bf16" and args.device != "cpu" and not torch.cuda.is_bf16_supported(False):
             LOG.warning("WARNING: this GPU has no bfloat16: running with --precision fp32")
             args.precision = "fp32"
+        LOG.info("recipe %s, configuration: %s", args.recipe, json.dumps(vars(args)))
         seed_everything(args.seed)
         splits = data.load_splits(
             args.dataset, args.protocol, args.seed, Path(args.data_root), args.download_cifar10, args.limit
@@ -266,7 +270,10 @@ def main(argv: list[str] | None = None) -> int:
         if not isinstance(error, MemoryError) and not any(words in str(error) for words in OUT_OF_MEMORY):
             raise
         reason = " ".join(str(error).split())[:200]
-        print(f"error: out of memory ({reason}): try a smaller --batch_size or --num_workers", file=sys.stderr)
+        print(
+            f"error: out of memory ({reason}): try a smaller --batch_size, --num_workers, --queue_size or --K",
+            file=sys.stderr,
+        )
         return 1
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)

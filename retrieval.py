@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-CHUNK_ELEMENTS = 2**23  # scores held at a time: bounds memory at about 0.4 GB whatever the database
+CHUNK_ELEMENTS = 2**23  # scores, or table entries, held at a time: bounds memory at about 0.4 GB whatever the sizes
 
 
 def lookup_tables(queries: Tensor, codewords: Tensor, normalize_query: bool = True) -> Tensor:
@@ -99,7 +99,7 @@ def evaluate(
     recall_sum = torch.zeros(n, dtype=torch.float64, device=db_codes.device)
     precision_sum = torch.zeros(n, dtype=torch.float64, device=db_codes.device)
     ranks = torch.arange(1, n + 1, dtype=torch.float64, device=db_codes.device)
-    chunk = max(1, CHUNK_ELEMENTS // n)
+    chunk = max(1, CHUNK_ELEMENTS // max(n, tables(queries[:1]).numel()))
     for start in range(0, Q, chunk):
         part = slice(start, start + chunk)
         order = aqs_scores(tables(queries[part]), db_codes).argsort(dim=1, descending=True, stable=True)

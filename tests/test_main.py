@@ -58,6 +58,7 @@ def test_a_flag_of_the_user_wins_over_the_recipe(capsys):
 
 
 def test_aliases(capsys):
+    assert dry_run(capsys, "--device", "cuda")["device"] == "cuda:0"  # torch.cuda.set_device wants a number
     assert dry_run(capsys, "--protocal", "II")["protocol"] == "II"
     assert dry_run(capsys, "--vgg_model_path", "a.pth")["weights"] == "a.pth"
     assert "different weights" in refused(capsys, "--vgg_model_path", "a.pth", "--weights", "b.pth")
@@ -76,7 +77,7 @@ def test_defaults_that_depend_on_other_flags(capsys):
     [
         "--dataset MNIST", "--protocol III", "--optimizer LBFGS", "--device tpu", "--device cuda:x",
         "--backbone alexnet", "--recipe mine", "--precision fp8", "--mode hard", "--feat_dim 30",
-        "--feat_dim 0", "--M 0", "--M -1", "--K 1", "--K 65537", "--T 0", "--T -1", "--T nan", "--T inf",
+        "--feat_dim 0", "--M 0", "--M -1", "--K 1", "--K 65537", "--T 0", "--T -1", "--T nan", "--T inf", "--T 1e-40",
         "--pos_prior 1 --mode debias", "--pos_prior -0.1 --mode debias", "--pos_prior 1",
         "--pos_prior nan", "--batch_size 0", "--batch_size 1",
         "--batch_size -5", "--queue_size 0", "--queue_begin_epoch -2", "--topK 0", "--image_size 0",

@@ -17,7 +17,7 @@ import torch
 import data
 import engine
 from network import BACKBONES, MeCoQ, build_backbone
-from utils import LOG, InputError, RunError, check_writable, logging_to, seed_everything
+from utils import LOG, InputError, RunError, check_writable, logging_to, one_line, seed_everything
 
 # how PyTorch words it on a GPU, on a CPU, and where the shared memory of its workers is full
 OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "bus error", "Bus error", "killed by signal: Killed")
@@ -188,7 +188,7 @@ def check(args: Namespace) -> None:
         require(getattr(args, flag) >= 0, flag, "must not be negative")
     for flag in ("hp_beta", "hp_gamma", "hp_lambda", "start_lr", "final_lr", "lr_scaling"):
         require(getattr(args, flag) >= 0, flag, "must not be negative")
-    for flag in ("T", "alpha", "lr"):
+    for flag in ("alpha", "lr"):
         require(getattr(args, flag) > 0, flag, "must be positive")
     require(args.T >= 1e-4, "T", "must be at least 0.0001: exp(1 / tau) has to mean something")
     require(0 <= args.seed < 2**32, "seed", "must be from 0 to 2^32 - 1")
@@ -264,12 +264,12 @@ def main(argv: list[str] | None = None) -> int:
         else:
             run(args)
     except (InputError, RunError, OSError) as error:  # OSError: a file failed under a sound run
-        print("error:", *str(error).split(), file=sys.stderr)  # in one line, whatever a library's message looks like
+        print(f"error: {one_line(error)}", file=sys.stderr)
         return 2 if isinstance(error, InputError) else 1
     except (MemoryError, RuntimeError) as error:
         if not isinstance(error, MemoryError) and not any(words in str(error) for words in OUT_OF_MEMORY):
             raise
-        reason = " ".join(str(error).split())[:200]
+        reason = one_line(error)[:200]
         print(
             f"error: out of memory ({reason}): try a smaller --batch_size, --num_workers, --queue_size or --K",
             file=sys.stderr,

@@ -27,6 +27,11 @@ class RunError(Exception):
     """The run itself went wrong (a non-finite loss): one line, exit code 1."""
 
 
+def one_line(error: BaseException) -> str:
+    """The error's message without line breaks, whatever a library's looks like; its type where it has none."""
+    return " ".join(str(error).split()) or type(error).__name__
+
+
 def seed_everything(seed: int) -> None:
     """Seed every global generator (0 <= seed < 2^32). Data order and views do not use them: see `sample_seed`."""
     random.seed(seed)
@@ -106,7 +111,7 @@ def logging_to(path: Path) -> Iterator[None]:
         yield
     except BaseException as error:
         LOG.removeHandler(handlers[0])  # the screen is told by `main`
-        LOG.error("stopped: %s", " ".join(str(error).split()) or type(error).__name__)
+        LOG.error("stopped: %s", one_line(error))
         raise
     finally:
         for handler in handlers:

@@ -9,6 +9,7 @@ from argparse import Namespace
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -68,10 +69,16 @@ class Stopwatch:
 
 
 def build_optimizer(model: MeCoQ, args: Namespace) -> torch.optim.Optimizer:
-    """Projection and codebooks learn at `lr`, trained blocks at `lr * lr_scaling`; beta decays all (Eq. 14)."""
-    backbone = [p for p in model.backbone.parameters() if p.requires_grad]
+    """Projection and codebooks learn at `lr`, trained blocks at `lr * lr_scaling`; beta decays all (Eq. 14).
+
+    Without `--keep_lr_scaling` the scheduler, if there is one, overwrites the scaled rate: all learn at `lr`.
+    """
+    scaling = args.lr_scaling if args.keep_lr_scaling or args.disable_scheduler else 1.0
     head = [*model.projection.parameters(), *model.quantizer.parameters()]
-    groups = [{"params": head, "lr": args.lr}, {"params": backbone, "lr": args.lr * args.lr_scaling}]
+    groups = [
+        {"params": [p for p in parameters if p.requires_grad], "lr": rate}
+        for parameters, rate in ((head, args.lr), (model.backbone.parameters(), args.lr * scaling))
+    ]
     groups = [group for group in groups if group["params"]]
     if args.optimizer == "SGD":
         return torch.optim.SGD(groups, momentum=args.momentum, weight_decay=args.hp_beta)
@@ -96,10 +103,11 @@ def build_scheduler(optimizer: torch.optim.Optimizer, args: Namespace, steps_per
 
 def objective(
     model: MeCoQ, view1: Tensor, view2: Tensor, use_memory: bool, args: Namespace
-) -> tuple[dict[str, Tensor], Tensor]:
+) -> tuple[dict[str, Tensor], Tensor, Tensor]:
     """Eq. 14 without its weight decay, which the optimiser applies.
 
-    Returns the terms and their weighted sum by TensorBoard tag, and the soft codes of both views `[2N, M, K]`.
+    Returns the terms and their weighted sum by TensorBoard tag, and of both views the embeddings `[2N, D]` and the
+    soft codes `[2N, M, K]`.
 
     Args:
         view1, view2: `[N, 3, S, S]`.
@@ -109,11 +117,15 @@ def objective(
     quantizer = model.quantizer
     soft_codes, reconstruction = quantizer(z)  # [2N, M, K], [2N, M, d]
     codewords = quantizer.codewords()
-    negatives = None
-    if use_memory:
-        negatives = quantizer.reconstruct(model.memory.entries(), codewords).flatten(1)  # Eq. 12: today's codewords
     contrastive = loss.contrastive_loss(
-        *reconstruction.flatten(1).chunk(2), negatives, T=args.T, pos_prior=args.pos_prior
+        *reconstruction.flatten(1).chunk(2),
+        model.recall(codewords).flatten(1) if use_memory else None,
+        T=args.T,
+        pos_prior=args.pos_prior,
+        pairing=args.pairing,
+        debias_memory=args.debias_memory,
+        negative_bound=args.negative_bound,
+        normalize_memory=args.normalize_memory,
     )
     entropy = loss.code_entropy(soft_codes)
     diversity = loss.codeword_diversity(codewords)
@@ -124,7 +136,7 @@ def objective(
         "loss/total_loss": contrastive + args.hp_lambda * entropy + args.hp_gamma * diversity,  # Eq. 14
         "quant_err": loss.quantization_error(quantizer.segments(z), reconstruction),
     }
-    return terms, soft_codes
+    return terms, z, soft_codes
 
 
 def train_epoch(
@@ -144,17 +156,22 @@ def train_epoch(
     bar = progress_bar(loader, f"epoch {epoch}")
     for step, views in enumerate(bar):
         view1, view2 = (view.to(args.device, non_blocking=True) for view in views)
-        terms, soft_codes = objective(model, view1, view2, use_memory, args)
+        terms, z, soft_codes = objective(model, view1, view2, use_memory, args)
         scalars = {"lr": scheduler.get_last_lr()[0]} | {name: term.item() for name, term in terms.items()}
         total = scalars["loss/total_loss"]
         if not math.isfinite(total):
             raise RunError(f"the loss became {total} in epoch {epoch}, step {step}")
         optimizer.zero_grad()
-        terms["loss/total_loss"].backward()
+        try:
+            terms["loss/total_loss"].backward()
+        except RuntimeError as error:
+            if "returned nan values" in str(error):  # --detect_anomaly
+                raise RunError(f"{error} in epoch {epoch}, step {step}") from error
+            raise
         optimizer.step()
         scheduler.step()
         if model.memory is not None:
-            model.memory.enqueue(soft_codes)
+            model.remember(z, soft_codes)
         for name, value in scalars.items():
             sums[name] = sums.get(name, 0.0) + value
             if writer:
@@ -178,7 +195,11 @@ def train(
     patience = Patience(args.monitor_counter)
     history: list[dict] = []
     for epoch in range(args.epoch_num):
-        with watch.measure("train"), naming_checkpoint(files.model, patience):
+        with (
+            watch.measure("train"),
+            naming_checkpoint(files.model, patience),
+            torch.autograd.set_detect_anomaly(args.detect_anomaly),
+        ):
             means = train_epoch(model, loader, optimizer, scheduler, epoch, args, writer)
         history.append({"epoch": epoch} | means)
         LOG.info(
@@ -245,7 +266,10 @@ def test(model: MeCoQ, splits: data.Splits, args: Namespace) -> tuple[retrieval.
     codewords = model.quantizer.codewords()
     if not codewords.isfinite().all():
         raise RunError("the codewords are not finite numbers")
-    tables = retrieval.symmetric_tables if args.symmetric_distance else retrieval.lookup_tables
+    if args.symmetric_distance:
+        tables = retrieval.symmetric_tables
+    else:
+        tables = partial(retrieval.lookup_tables, normalize_query=args.normalize_query)
     with progress_bar(None, "rank queries", total=len(queries)) as bar:
         metrics = retrieval.evaluate(
             lambda part: tables(part, codewords),

@@ -11,33 +11,54 @@ import torch.nn.functional as F
 from torch import Tensor
 
 
-def log_negative_term(log_negatives: Tensor, log_positive: Tensor, T: float, pos_prior: float) -> Tensor:
+def log_negative_term(
+    log_negatives: Tensor,
+    log_positive: Tensor,
+    T: float,
+    pos_prior: float,
+    corrected: int | None = None,
+    bound: str = "dcl",
+) -> Tensor:
     """Logarithm of the debiased negative term of Eq. 7 and 13 (Chuang et al. 2020), `[B]`.
 
         max( (sum_j exp(s-_j / tau) - n rho exp(s+ / tau)) / (1 - rho),  n exp(-1 / tau) )
 
-    Computed from logarithms only, so that no exponential overflows or vanishes at any tau.
+    Computed from logarithms only, so that no exponential overflows or vanishes at any tau. Without debiasing
+    (rho = 0) it is the sum alone.
 
     Args:
         log_negatives: `[B, n]`, s-_j / tau; -inf where a column is no negative of that row, the same number
             in every row.
-        log_positive: `[B]`, s+ / tau.
+        log_positive: `[B]`, s+ / tau; or `[B, 1]`, which pairs each positive with every row of negatives: `[B, B]`.
+        corrected: the n of the correction, all negatives by default; the released code leaves the memory's out.
+        bound: "dcl", as above, or "release": exp(-n / tau) with the n of the correction, practically 0.
     """
     n = int((log_negatives[:1] > -math.inf).sum())
     if n == 0:
         return torch.full_like(log_positive, -math.inf)
     total = log_negatives.logsumexp(dim=1)
-    if pos_prior > 0:
-        # log(e^a - e^b) = a + log(1 - e^(b-a)); where b >= a there is none, and the bound below takes over
-        gap = math.log(n * pos_prior) + log_positive - total
-        least = -torch.finfo(gap.dtype).eps
-        corrected = total + torch.log(-torch.expm1(gap.clamp(max=least)))  # clamped: a finite gradient everywhere
-        total = torch.where(gap < least, corrected, -math.inf)
-    return (total - math.log1p(-pos_prior)).clamp(min=math.log(n) - 1 / T)
+    if pos_prior == 0:
+        return total
+    corrected = n if corrected is None else corrected
+    # log(e^a - e^b) = a + log(1 - e^(b-a)); where b >= a there is none, and the bound below takes over
+    gap = math.log(corrected * pos_prior) + log_positive - total if corrected else torch.full_like(total, -math.inf)
+    least = -torch.finfo(gap.dtype).eps
+    difference = total + torch.log(-torch.expm1(gap.clamp(max=least)))  # clamped: a finite gradient everywhere
+    debiased = torch.where(gap < least, difference, -math.inf) - math.log1p(-pos_prior)
+    return debiased.clamp(min=math.log(n) - 1 / T if bound == "dcl" else -corrected / T)
 
 
 def contrastive_loss(
-    view1: Tensor, view2: Tensor, memory: Tensor | None = None, *, T: float, pos_prior: float = 0.0
+    view1: Tensor,
+    view2: Tensor,
+    memory: Tensor | None = None,
+    *,
+    T: float,
+    pos_prior: float = 0.0,
+    pairing: str = "own",
+    debias_memory: bool = True,
+    negative_bound: str = "dcl",
+    normalize_memory: bool = True,
 ) -> Tensor:
     """Debiased contrastive loss over soft reconstructions, Eq. 6-7; with the code memory, Eq. 12-13.
 
@@ -46,9 +67,15 @@ def contrastive_loss(
 
         loss = -mean_q log( exp(s+/tau) / (exp(s+/tau) + negative term) )
 
+    The last four arguments are the paper's as they stand; their other values are what the released code computes.
+
     Args:
         view1, view2: `[N, D]` reconstructions of the two views.
         memory: `[N_M, D]` reconstructions of the code memory; no gradient flows to the codes behind them.
+        pairing: "own", or "all": the mean over every query's positive with every query's negatives, a 2N x 2N table.
+        debias_memory: correct the negative term for the memory's negatives too.
+        negative_bound: see `log_negative_term`.
+        normalize_memory: False: memory vectors keep their length, so that similarity to them is no cosine.
     """
     queries = F.normalize(torch.cat([view1, view2]), dim=1)  # [2N, D]
     positives = queries.roll(len(view1), dims=0)  # [2N, D]: the other view of each image
@@ -56,8 +83,12 @@ def contrastive_loss(
     same_image = torch.eye(len(view1), dtype=torch.bool, device=queries.device).repeat(2, 2)
     log_negatives = (queries @ queries.T / T).masked_fill(same_image, -math.inf)  # [2N, 2N]
     if memory is not None and len(memory):
-        log_negatives = torch.cat([log_negatives, queries @ F.normalize(memory, dim=1).T / T], dim=1)
-    log_negative = log_negative_term(log_negatives, log_positive, T, pos_prior)
+        memory = F.normalize(memory, dim=1) if normalize_memory else memory
+        log_negatives = torch.cat([log_negatives, queries @ memory.T / T], dim=1)
+    if pairing == "all":
+        log_positive = log_positive[:, None]  # [2N, 1]: against [2N] negative terms, a table
+    corrected = None if debias_memory else len(queries) - 2
+    log_negative = log_negative_term(log_negatives, log_positive, T, pos_prior, corrected, negative_bound)
     return (torch.logaddexp(log_positive, log_negative) - log_positive).mean()
 
 

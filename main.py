@@ -8,7 +8,7 @@ import json
 import math
 import re
 import sys
-from argparse import Namespace
+from argparse import BooleanOptionalAction, Namespace
 from pathlib import Path
 from typing import NoReturn
 
@@ -16,15 +16,29 @@ import torch
 
 import data
 import engine
-from network import BACKBONES, MeCoQ, build_backbone
+from network import BACKBONES, Backbone, MeCoQ, build_backbone
 from utils import LOG, InputError, RunError, check_writable, logging_to, one_line, seed_everything
 
 # how PyTorch words it on a GPU, on a CPU, and where the shared memory of its workers is full
 OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "bus error", "Bus error", "killed by signal: Killed")
 
-# A recipe is a set of defaults; a flag that the user gives wins.
+# Where the released code departs from the paper. A recipe is a column of this table, a set of defaults; a flag that the
+# user gives wins.
+DIFFERENCES: dict[str, tuple[object, object]] = {
+    # flag               paper      release
+    "codebooks":        ("trained", "frozen"),
+    "pairing":          ("own",     "all"),
+    "debias_memory":    (True,      False),
+    "negative_bound":   ("dcl",     "release"),
+    "normalize_memory": (True,      False),
+    "keep_lr_scaling":  (True,      False),
+    "normalize_query":  (True,      False),
+    "hp_lambda":        (0.0,       1.0),
+    "detect_anomaly":   (False,     True),
+}  # fmt: skip
 RECIPES: dict[str, dict[str, object]] = {
-    "paper": {"hp_lambda": 0.0},
+    "paper": {flag: paper for flag, (paper, _) in DIFFERENCES.items()},
+    "release": {flag: release for flag, (_, release) in DIFFERENCES.items()},
 }
 
 
@@ -56,7 +70,8 @@ def _add_run_flags(group: argparse._ArgumentGroup) -> None:
     add = group.add_argument
     add("--notes", help="name of the run and of its files (default: made of data set, protocol and bits)")
     add("--recipe", choices=sorted(RECIPES), default="paper",
-        help="set of defaults: 'paper' is what the paper's equations say (default: %(default)s)")
+        help="set of defaults for the flags marked [recipe]: what the paper's equations say, or what the released code "
+        "computes; a flag that is given wins (default: %(default)s)")
     add("--device", default="cpu", help="cpu, cuda or cuda:N (default: %(default)s)")
     add("--seed", type=int, default=2021, help="seed of splits, weights, order and views (default: %(default)s)")
     add("--output", default=".", metavar="DIR", help="logs/ and checkpoints/ go below it (default: current folder)")
@@ -95,6 +110,8 @@ def _add_network_flags(group: argparse._ArgumentGroup) -> None:
     add("--feat_dim", type=int, default=64, help="D, dimensions of the embedding (default: %(default)s)")
     add("--M", type=int, default=4, help="M, number of codebooks: a code has M log2 K bits (default: %(default)s)")
     add("--K", type=int, default=256, help="K, codewords a codebook (default: %(default)s)")
+    add("--codebooks", choices=["trained", "frozen"],
+        help="learn the codebooks, Eq. 14, or leave them as they were drawn, as the released code does [recipe]")
     add("--alpha", type=float, default=10.0,
         help="alpha, sharpness of the soft codes, Eq. 2 (default: %(default)s)")
 
@@ -110,12 +127,27 @@ def _add_loss_flags(group: argparse._ArgumentGroup) -> None:
     add("--hp_gamma", type=float, default=0.5,
         help="gamma, weight of the codeword diversity Omega, Eq. 8 and 14 (default: %(default)s)")
     add("--hp_lambda", type=float,
-        help="lambda, weight of the mean entropy of the soft codes, a term of the released code (default there: 1) "
-        "that the paper does not have (default: 0 with --recipe paper)")
+        help="lambda, weight of the mean entropy of the soft codes, a term of the released code that the paper does "
+        "not have (paper: 0, release: 1) [recipe]")
+    add("--pairing", choices=["own", "all"],
+        help="own: each query's positive with its own negatives, Eq. 6; all: with those of every query, a mean over a "
+        "2N x 2N table, as the released code does [recipe]")
+    add("--debias_memory", action=BooleanOptionalAction,
+        help="correct the negative term for the memory's negatives too, Eq. 13; the released code counts those of the "
+        "batch only [recipe]")
+    add("--negative_bound", choices=["dcl", "release"],
+        help="lower bound of the negative term: dcl: n exp(-1 / tau); release: exp(-(2N - 2) / tau), practically 0 "
+        "[recipe]")
+    add("--normalize_memory", action=BooleanOptionalAction,
+        help="compare the memory's vectors by their cosine, like the batch's; the released code leaves them their "
+        "length [recipe]")
+    add("--memory", choices=["soft", "hard", "feature", "none"], default="soft",
+        help="what the memory keeps: soft codes, hard codes, or the embeddings before quantization, Table 2 "
+        "(default: %(default)s; none without --queue_begin_epoch)")
     add("--queue_begin_epoch", type=int, default=-1,
         help="first epoch (from 0) that uses the code memory, Eq. 12-13; -1: never (default: %(default)s)")
     add("--queue_size", type=int, default=384,
-        help="N_M, soft codes that the memory holds (default: %(default)s)")
+        help="N_M, entries that the memory holds (default: %(default)s)")
 
 
 def _add_optimizer_flags(group: argparse._ArgumentGroup) -> None:
@@ -126,18 +158,26 @@ def _add_optimizer_flags(group: argparse._ArgumentGroup) -> None:
     add("--lr", type=float, default=0.01, help="highest learning rate (default: %(default)s)")
     add("--lr_scaling", type=float,
         help="learning rate of trained backbone blocks, as a share of --lr (default: 0.001; convnet: 1)")
+    add("--keep_lr_scaling", action=BooleanOptionalAction,
+        help="honour --lr_scaling throughout; in the released code the scheduler overwrites it: all learn at --lr "
+        "[recipe]")
     add("--momentum", type=float, default=0.9, help="of SGD (default: %(default)s)")
     add("--disable_scheduler", action="store_true", help="keep --lr throughout: no warm-up, no cosine")
     add("--warmup_epoch_num", type=int, default=1,
         help="epochs of linear rise from --start_lr to --lr (default: %(default)s)")
     add("--start_lr", type=float, default=1e-5, help="learning rate of the first step (default: %(default)s)")
     add("--final_lr", type=float, default=1e-5, help="where the cosine ends (default: %(default)s)")
+    add("--detect_anomaly", action=BooleanOptionalAction,
+        help="let PyTorch look for numbers that are none in every backward pass, which slows it and changes no result "
+        "[recipe]")
 
 
 def _add_test_flags(group: argparse._ArgumentGroup) -> None:
     add = group.add_argument
     add("--topK", type=int, help="K of MAP@K and P@K (default: the whole database)")
     add("--symmetric_distance", action="store_true", help="quantize the queries too")
+    add("--normalize_query", action=BooleanOptionalAction,
+        help="divide the query's segments by their length, Eq. 16; the released code does not [recipe]")
     add("--eval_interval", type=int, default=1, help="epochs between validations (default: %(default)s)")
     add("--monitor_counter", type=int, default=10,
         help="validations without a better MAP before training stops (default: %(default)s)")
@@ -162,12 +202,26 @@ def resolve(args: Namespace) -> Namespace:
     check(args)
     if args.device == "cuda":
         args.device = "cuda:0"
+    if args.memory == "none" or args.queue_begin_epoch == -1:
+        args.memory, args.queue_begin_epoch = "none", -1
     if args.mode == "simple":
         args.pos_prior = 0.0
     if args.notes is None:
         protocol = args.protocol if args.dataset == "CIFAR10" else ""
         args.notes = f"{args.dataset}{protocol}{engine.code_bits(args)}bits"
     return args
+
+
+def departures(args: Namespace) -> dict[str, object]:
+    """The flags of the recipe that the user set otherwise, with the values they have."""
+    return {flag: getattr(args, flag) for flag, value in RECIPES[args.recipe].items() if getattr(args, flag) != value}
+
+
+def recipe_line(args: Namespace) -> str:
+    """The recipe in words: its resolved flags, and where they are not its own."""
+    flags = ", ".join(f"{flag}={getattr(args, flag)}" for flag in RECIPES[args.recipe])
+    own = ", ".join(f"{flag}={RECIPES[args.recipe][flag]}" for flag in departures(args))
+    return f"recipe {args.recipe}: {flags} ({f'the recipe itself has {own}' if own else 'as the recipe has them'})"
 
 
 def check(args: Namespace) -> None:
@@ -229,6 +283,12 @@ def check_device(device: str) -> None:
 # ---------------------------------------------------------------- the run
 
 
+def build_model(backbone: Backbone, args: Namespace) -> MeCoQ:
+    queue_size = None if args.memory == "none" else args.queue_size
+    trained_codebooks = args.codebooks == "trained"
+    return MeCoQ(backbone, args.feat_dim, args.M, args.K, args.alpha, queue_size, args.memory, trained_codebooks)
+
+
 def run(args: Namespace) -> None:
     """Build what the flags describe, train and test it. Raises InputError or RunError."""
     check_device(args.device)
@@ -241,7 +301,8 @@ def run(args: Namespace) -> None:
         if args.precision == "bf16" and args.device != "cpu" and not torch.cuda.is_bf16_supported(False):
             LOG.warning("WARNING: this GPU has no bfloat16: running with --precision fp32")
             args.precision = "fp32"
-        LOG.info("recipe %s, configuration: %s", args.recipe, json.dumps(vars(args)))
+        LOG.info(recipe_line(args))
+        LOG.info("configuration: %s", json.dumps(vars(args)))
         seed_everything(args.seed)
         splits = data.load_splits(
             args.dataset, args.protocol, args.seed, Path(args.data_root), args.download_cifar10, args.limit
@@ -249,8 +310,7 @@ def run(args: Namespace) -> None:
         sizes = len(splits.train), len(splits.query), len(splits.database)
         LOG.info("%d training images, %d queries, %d in the database", *sizes)
         backbone = build_backbone(args.backbone, args.weights, args.trainable_layer_num, args.precision == "bf16")
-        queue_size = args.queue_size if args.queue_begin_epoch >= 0 else None
-        model = MeCoQ(backbone, args.feat_dim, args.M, args.K, args.alpha, queue_size).to(args.device)
+        model = build_model(backbone, args).to(args.device)
         engine.run(model, splits, args, files)
         LOG.info("results are in %s", files.checkpoints)
 

@@ -197,15 +197,17 @@ class CodebookAttention(nn.Module):
     """The quantizer: M codebooks of K codewords of d = D / M dimensions, Eq. 1-5 and 15.
 
     Codewords are stored with a small norm and normalised where they are used: their direction alone matters, and
-    a short vector turns further for the same gradient, which lets them keep up with the projection.
+    a short vector turns further for the same gradient, which lets them keep up with the projection. `trained` False
+    leaves them as they were drawn, as the released code does.
     """
 
     INITIAL_NORM = 0.1
 
-    def __init__(self, M: int, K: int, D: int, alpha: float) -> None:
+    def __init__(self, M: int, K: int, D: int, alpha: float, trained: bool = True) -> None:
         super().__init__()
         self.M, self.K, self.d, self.alpha = M, K, D // M, alpha
-        self.codebooks = nn.Parameter(self.INITIAL_NORM * F.normalize(torch.randn(M, K, self.d), dim=-1))
+        codebooks = self.INITIAL_NORM * F.normalize(torch.randn(M, K, self.d), dim=-1)
+        self.codebooks = nn.Parameter(codebooks, requires_grad=trained)
 
     def codewords(self) -> Tensor:
         """Unit codewords `[M, K, d]`."""
@@ -237,39 +239,71 @@ class CodebookAttention(nn.Module):
 
 
 class CodeMemory(nn.Module):
-    """A queue of the last `size` soft codes, `[size, M, K]`; the oldest leave first. Slots never filled stay out."""
+    """A queue of the last `size` entries, `[size, *shape]`; the oldest leave first. Slots never filled stay out."""
 
-    def __init__(self, size: int, M: int, K: int) -> None:
+    def __init__(self, size: int, *shape: int) -> None:
         super().__init__()
         self.size = size
         self.next = 0  # the slot that is written next: the oldest one once the queue is full
         self.filled = 0
-        self.register_buffer("codes", torch.zeros(size, M, K), persistent=False)
+        self.register_buffer("codes", torch.zeros(size, *shape), persistent=False)
 
     @torch.no_grad()
-    def enqueue(self, soft_codes: Tensor) -> None:
-        """Append soft codes `[B, M, K]`, in their order; any B."""
-        soft_codes = soft_codes[-self.size :].detach()
-        slots = (self.next + torch.arange(len(soft_codes), device=self.codes.device)) % self.size
-        self.codes[slots] = soft_codes
-        self.next = (self.next + len(soft_codes)) % self.size
-        self.filled = min(self.filled + len(soft_codes), self.size)
+    def enqueue(self, entries: Tensor) -> None:
+        """Append entries `[B, *shape]`, in their order; any B."""
+        entries = entries[-self.size :].detach()
+        slots = (self.next + torch.arange(len(entries), device=self.codes.device)) % self.size
+        self.codes[slots] = entries
+        self.next = (self.next + len(entries)) % self.size
+        self.filled = min(self.filled + len(entries), self.size)
 
     def entries(self) -> Tensor:
-        """The soft codes held, `[filled, M, K]`, in no particular order."""
+        """What is held, `[filled, *shape]`, in no particular order."""
         return self.codes[: self.filled]
 
 
 class MeCoQ(nn.Module):
-    """Backbone, linear projection to D dimensions, quantizer, and (in training) the code memory."""
+    """Backbone, linear projection to D dimensions, quantizer, and (in training) the code memory.
 
-    def __init__(self, backbone: Backbone, D: int, M: int, K: int, alpha: float, queue_size: int | None) -> None:
+    Args:
+        queue_size: entries of the memory; None: no memory.
+        memory: what it keeps (paper, Table 2): "soft" codes, "hard" codes (as one-hot rows), or the "feature", the
+            embedding before quantization.
+        trained_codebooks: whether the codebooks learn.
+    """
+
+    def __init__(
+        self,
+        backbone: Backbone,
+        D: int,
+        M: int,
+        K: int,
+        alpha: float,
+        queue_size: int | None,
+        memory: str = "soft",
+        trained_codebooks: bool = True,
+    ) -> None:
         super().__init__()
         self.backbone = backbone
         self.projection = nn.Linear(backbone.dim, D)
-        self.quantizer = CodebookAttention(M, K, D, alpha)
-        self.memory = CodeMemory(queue_size, M, K) if queue_size else None
+        self.quantizer = CodebookAttention(M, K, D, alpha, trained_codebooks)
+        self.memory_kind = memory
+        self.memory = CodeMemory(queue_size, M, D // M if memory == "feature" else K) if queue_size else None
 
     def forward(self, x: Tensor) -> Tensor:
         """Images `[B, 3, S, S]` -> embeddings z `[B, D]`."""
         return self.projection(self.backbone(x))
+
+    def remember(self, z: Tensor, soft_codes: Tensor) -> None:
+        """Enqueue embeddings `[B, D]` with their soft codes `[B, M, K]`, in the form that the memory keeps."""
+        if self.memory_kind == "feature":
+            self.memory.enqueue(self.quantizer.segments(z))
+        elif self.memory_kind == "hard":
+            self.memory.enqueue(F.one_hot(soft_codes.argmax(dim=-1), self.quantizer.K).to(soft_codes.dtype))
+        else:
+            self.memory.enqueue(soft_codes)
+
+    def recall(self, codewords: Tensor) -> Tensor:
+        """The memory's vectors `[filled, M, d]`: codes are reconstructed with today's codewords, Eq. 12."""
+        entries = self.memory.entries()
+        return entries if self.memory_kind == "feature" else self.quantizer.reconstruct(entries, codewords)

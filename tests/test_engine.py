@@ -2,6 +2,7 @@
 
 import json
 import math
+from argparse import Namespace
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +16,7 @@ import engine
 import loss
 import main
 import retrieval
-from network import MeCoQ, build_backbone
+from network import build_backbone
 from utils import RunError
 
 SMALL = [
@@ -49,8 +50,7 @@ def args_of(*flags):
 def model_of(args):
     torch.manual_seed(0)
     backbone = build_backbone(args.backbone, args.weights, args.trainable_layer_num, bf16=False)
-    queue_size = args.queue_size if args.queue_begin_epoch >= 0 else None
-    return MeCoQ(backbone, args.feat_dim, args.M, args.K, args.alpha, queue_size)
+    return main.build_model(backbone, args)
 
 
 # ---------------------------------------------------------------- the files of a run
@@ -160,6 +160,9 @@ def test_one_seed_one_result_and_another_seed_another(tmp_path):
         ["--K", "300", "--epoch_num", "1"],
         ["--batch_size", "59"],
         ["--queue_size", "100"],
+        ["--recipe", "release"],
+        ["--memory", "hard", "--queue_begin_epoch", "0"],
+        ["--memory", "feature", "--queue_begin_epoch", "0"],
         ["--queue_size", "7", "--queue_begin_epoch", "0"],
         ["--queue_begin_epoch", "-1", "--hp_lambda", "0.5"],
         ["--optimizer", "Adam", "--lr", "0.001"],
@@ -217,7 +220,7 @@ def test_objective_is_equation_14_over_both_views_and_the_memory():
     model = model_of(args)
     model.memory.enqueue(torch.rand(11, 2, 8).softmax(-1))
     view1, view2 = torch.rand(2, 5, 3, 16, 16)
-    terms, soft_codes = engine.objective(model, view1, view2, True, args)
+    terms, z, soft_codes = engine.objective(model, view1, view2, True, args)
     z = model(torch.cat([view1, view2]))
     p, _ = model.quantizer(z)
     C = F.normalize(model.quantizer.codebooks, dim=-1)
@@ -235,6 +238,44 @@ def test_objective_is_equation_14_over_both_views_and_the_memory():
     torch.testing.assert_close(without, loss.contrastive_loss(views[:5], views[5:], T=0.3, pos_prior=0.1))
     terms["loss/total_loss"].backward()
     assert model.quantizer.codebooks.grad.abs().sum() > 0
+
+
+class Recorded(list):
+    """Steps of recorded features, as a loader."""
+
+    batch_sampler = Namespace(epoch=0)
+
+
+def test_golden_release_trace(golden):
+    """60 steps of the released code, memory from epoch 2 on: loss, weights, codebooks and queue."""
+    numbers = golden("release_trace")
+    c = json.loads(str(numbers["config"]))
+    args = main.resolve(main.build_parser().parse_args(["--recipe", "release", "--mode", "debias", "--M", str(c["M"])]))
+    args.epoch_num, args.warmup_epoch_num, args.feat_dim = c["epochs"], c["warmup_epochs"], c["M"] * c["D"]
+    shared = ("K", "alpha", "T", "pos_prior", "queue_begin_epoch", "queue_size", "hp_lambda", "hp_gamma", "hp_beta",
+              "lr", "momentum", "start_lr", "final_lr")  # fmt: skip
+    for name in shared:
+        setattr(args, name, c[name])
+    args.memory = "soft"
+    backbone = torch.nn.Identity()
+    backbone.dim = c["feat_in"]
+    model = main.build_model(backbone, args)
+    model.projection.weight.data, model.projection.bias.data, model.quantizer.codebooks.data = (
+        torch.from_numpy(numbers[name]) for name in ("W0", "b0", "C0")
+    )
+    optimizer = engine.build_optimizer(model, args)
+    scheduler = engine.build_scheduler(optimizer, args, c["steps_per_epoch"])
+    steps = Recorded(torch.from_numpy(numbers["feats"]))
+    writer = Namespace(losses=[])
+    writer.add_scalar = lambda tag, value, step: tag == "loss/total_loss" and writer.losses.append(value)
+    for epoch in range(c["epochs"]):
+        part = Recorded(steps[epoch * c["steps_per_epoch"] :][: c["steps_per_epoch"]])
+        engine.train_epoch(model, part, optimizer, scheduler, epoch, args, writer)
+    np.testing.assert_allclose(writer.losses, numbers["loss"], atol=1e-4)
+    np.testing.assert_allclose(model.projection.weight.detach(), numbers["W"], atol=1e-4)
+    np.testing.assert_allclose(model.projection.bias.detach(), numbers["b"], atol=1e-4)
+    np.testing.assert_allclose(model.quantizer.codewords(), numbers["C"], atol=1e-4)
+    np.testing.assert_allclose(model.memory.codes, numbers["queue"], atol=1e-4)
 
 
 def test_memory_is_used_from_its_epoch_on_and_holds_both_views(monkeypatch):
@@ -273,6 +314,58 @@ def test_learning_rates_follow_the_schedule_and_keep_their_scale():
     assert counts == [3, 6]  # projection and codebooks; one Fire module
 
 
+@pytest.mark.parametrize(
+    ("flags", "share"),
+    [([], 0.01), (["--recipe", "release"], 1.0), (["--recipe", "release", "--disable_scheduler"], 0.01)],
+)
+def test_the_released_scheduler_overwrites_the_scaling(flags, share):
+    args = args_of(
+        "--backbone", "squeezenet1_0", "--weights", "random", "--image_size", "32", "--trainable_layer_num", "1",
+        "--lr_scaling", "0.01", *flags,
+    )  # fmt: skip
+    optimizer = engine.build_optimizer(model_of(args), args)
+    scheduler = engine.build_scheduler(optimizer, args, 4)
+    for _ in range(6):
+        head, backbone = (group["lr"] for group in optimizer.param_groups)
+        assert backbone == pytest.approx(head * share)
+        optimizer.step()
+        scheduler.step()
+
+
+@pytest.mark.filterwarnings("ignore:Error detected")
+def test_anomaly_detection_ends_the_run_in_one_line(tmp_path, monkeypatch, capsys):
+    original = engine.objective
+
+    def broken_gradient(*a):
+        terms, z, soft_codes = original(*a)
+        terms["loss/total_loss"] = terms["loss/total_loss"] + 0 * (0 * z.sum()).sqrt()  # 0 / 0 on the way back
+        return terms, z, soft_codes
+
+    monkeypatch.setattr(engine, "objective", broken_gradient)
+    assert main.main([*SMALL, "--output", str(tmp_path), "--detect_anomaly"]) == 1
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert "returned nan values" in error
+    assert "epoch 0, step 0" in error
+
+
+@pytest.mark.parametrize("normalize", [True, False])
+def test_similarity_weighs_the_querys_segments_or_does_not(normalize, monkeypatch):
+    args = args_of("--normalize_query" if normalize else "--no-normalize_query")
+    model, splits = model_of(args), data.load_splits("Digits", "I", 1, Path("none"), limit=50)
+    z = torch.randn(50, 8) * torch.tensor([5.0] * 4 + [1.0] * 4)
+    db_codes = torch.randint(8, (50, 2)).to(torch.uint8)
+    monkeypatch.setattr(engine, "encode", lambda *a, hard: db_codes if hard else z)
+    words = model.quantizer.codewords().detach()
+    segments = [F.normalize(part, dim=1) if normalize else part for part in z.split(4, dim=1)]
+    scores = sum(segments[m] @ words[m][db_codes[:, m].long()].T for m in range(2))
+    hits = torch.from_numpy(splits.query.labels[:, None] == splits.database.labels[None])
+    order = scores.argsort(dim=1, descending=True, stable=True)
+    expected = retrieval.average_precision(hits.gather(1, order)[:, :20]).mean()
+    assert engine.test(model, splits, args)[0].map == pytest.approx(float(expected), abs=2e-3)
+    args.normalize_query = not normalize
+    assert abs(engine.test(model, splits, args)[0].map - float(expected)) > 5e-3
+
+
 def test_early_stopping_keeps_the_best_model(tmp_path, monkeypatch):
     values = iter([0.3, 0.5, 0.4, 0.5, 0.9])
     original, first_calls = engine.test, []
@@ -298,11 +391,11 @@ def test_non_finite_loss_stops_the_run_and_names_the_last_good_checkpoint(tmp_pa
     original, steps = engine.objective, []
 
     def breaks(*a):
-        terms, soft_codes = original(*a)
+        terms, *rest = original(*a)
         steps.append(0)
         if len(steps) == 10:  # epoch 1, step 2
             terms["loss/total_loss"] = terms["loss/total_loss"] * math.nan
-        return terms, soft_codes
+        return terms, *rest
 
     monkeypatch.setattr(engine, "objective", breaks)
     assert main.main([*SMALL, "--output", str(tmp_path), "--notes", "nan"]) == 1

@@ -9,6 +9,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import loss
+from main import RECIPES
+from network import CodebookAttention
+
+LOSS_FLAGS = ("pairing", "debias_memory", "negative_bound", "normalize_memory")
 
 
 def slow_contrastive_loss(view1, view2, memory, T, rho):
@@ -151,3 +155,74 @@ def test_golden_regularisers_and_quantization_error(golden):
         ]
         expected = [numbers[f"{i}/{name}"] for name in ("entropy", "diversity", "err1")]
         np.testing.assert_allclose(ours, expected, rtol=1e-5)
+
+
+def relative_error(ours, expected):
+    return float(np.linalg.norm(ours - expected) / np.linalg.norm(expected))
+
+
+def test_golden_release_losses_and_gradients(golden):
+    """Total, its terms and the gradients of both embeddings, as the released code computes them in five settings."""
+    numbers = golden("release_loss")
+    release = {flag: RECIPES["release"][flag] for flag in LOSS_FLAGS}
+    for i, c in enumerate(json.loads(str(numbers["config"]))):
+        x1, x2 = (torch.from_numpy(numbers[f"{i}/{name}"]).requires_grad_() for name in ("x1", "x2"))
+        quantizer = CodebookAttention(c["M"], c["K"], c["M"] * c["D"], alpha=10.0, trained=False)
+        quantizer.codebooks.data = torch.from_numpy(numbers[f"{i}/C"])
+        p, h = quantizer(torch.cat([x1, x2]))
+        memory = None
+        if c["q"]:
+            codes = torch.from_numpy(numbers[f"{i}/queue_codes"])
+            memory = quantizer.reconstruct(codes, quantizer.codewords()).flatten(1)
+            assert relative_error(memory.numpy(), numbers[f"{i}/queue_feats"]) < 1e-5
+        contrastive = loss.contrastive_loss(
+            *h.flatten(1).chunk(2), memory, T=c["T"], pos_prior=c["rho"] if c["mode"] == "debias" else 0.0, **release
+        )
+        diversity = loss.codeword_diversity(quantizer.codewords())
+        total = contrastive + c["lam"] * loss.code_entropy(p) + c["gam"] * diversity
+        total.backward()
+        ours = {"contrastive": contrastive, "entropy": loss.code_entropy(p.chunk(2)[0]), "diversity": diversity,
+                "loss": total}  # fmt: skip
+        for name, value in ours.items():
+            assert float(value.detach()) == pytest.approx(float(numbers[f"{i}/{name}"]), rel=1e-5), (i, name)
+        for name, x in (("gx1", x1), ("gx2", x2)):
+            assert relative_error(x.grad.numpy(), numbers[f"{i}/{name}"]) < 1e-5, (i, name)
+
+
+@settings(deadline=None, max_examples=40)
+@given(
+    st.integers(1, 5), st.integers(0, 6), st.sampled_from([0.1, 0.5]), st.sampled_from([0.0, 0.1, 0.5]),
+    st.sampled_from(["own", "all"]), st.booleans(), st.sampled_from(["dcl", "release"]), st.booleans(),
+    st.integers(0, 2**30),
+)  # fmt: skip
+def test_every_combination_of_flags_is_its_sum_in_plain_loops(
+    N, memory_size, T, rho, pairing, debias_memory, bound, normalize, seed
+):
+    g = torch.Generator().manual_seed(seed)
+    view1, view2 = torch.randn(2, N, 4, generator=g, dtype=torch.float64) + 0.5
+    memory = torch.randn(memory_size, 4, generator=g, dtype=torch.float64)
+    q = [row / row.norm() for row in torch.cat([view1, view2])]
+    entries = [row / row.norm() if normalize else row for row in memory]
+    n_batch = 2 * N - 2
+    n = n_batch + memory_size
+    if n_batch == 0:
+        return  # no negatives in the batch: nothing the released code could train on
+    sums = [
+        sum(math.exp(float(q[j] @ q[k]) / T) for k in range(2 * N) if k % N != j % N)
+        + sum(math.exp(float(q[j] @ e) / T) for e in entries)
+        for j in range(2 * N)
+    ]
+    least = n * math.exp(-1 / T) if bound == "dcl" else math.exp(-(n if debias_memory else n_batch) / T)
+    terms = []
+    for i in range(2 * N):
+        positive = math.exp(float(q[i] @ q[(i + N) % (2 * N)]) / T)
+        for j in range(2 * N) if pairing == "all" else [i]:
+            negative = sums[j]
+            if rho:
+                negative = max((negative - rho * (n if debias_memory else n_batch) * positive) / (1 - rho), least)
+            terms.append(-math.log(positive / (positive + negative)))
+    ours = loss.contrastive_loss(
+        view1, view2, memory, T=T, pos_prior=rho, pairing=pairing, debias_memory=debias_memory, negative_bound=bound,
+        normalize_memory=normalize,
+    )  # fmt: skip
+    assert float(ours) == pytest.approx(sum(terms) / len(terms), rel=1e-9, abs=1e-12)

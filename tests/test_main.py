@@ -18,7 +18,9 @@ DEFAULTS = {
     "device": "cpu", "seed": 2021, "num_workers": 10, "queue_size": 384, "recipe": "paper", "backbone": "vgg16",
     "weights": "imagenet", "image_size": 224, "output": ".", "precision": "bf16", "symmetric_distance": False,
     "disable_writer": False, "disable_scheduler": False, "download_cifar10": False, "limit": None,
-    "hp_lambda": 0,  # the released code's 1 is no part of the paper's recipe
+    "hp_lambda": 0, "codebooks": "trained", "pairing": "own", "debias_memory": True, "negative_bound": "dcl",
+    "normalize_memory": True, "keep_lr_scaling": True, "normalize_query": True, "detect_anomaly": False,
+    "memory": "none",
 }  # fmt: skip
 
 
@@ -53,8 +55,43 @@ def test_dry_run_touches_neither_data_nor_device_nor_disk(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_flag_of_the_user_wins_over_the_recipe(capsys):
-    assert dry_run(capsys, "--hp_lambda", "0.7")["hp_lambda"] == 0.7
+RELEASE = {
+    "codebooks": "frozen", "pairing": "all", "debias_memory": False, "negative_bound": "release",
+    "normalize_memory": False, "keep_lr_scaling": False, "normalize_query": False, "hp_lambda": 1,
+    "detect_anomaly": True,
+}  # fmt: skip
+
+
+def test_the_release_recipe_changes_its_flags_and_nothing_else(capsys):
+    paper, release = dry_run(capsys), dry_run(capsys, "--recipe", "release")
+    assert {name: value for name, value in release.items() if value != paper[name]} == RELEASE | {"recipe": "release"}
+
+
+@pytest.mark.parametrize("flag", RELEASE)
+@pytest.mark.parametrize("recipe", ["paper", "release"])
+def test_a_flag_of_the_user_wins_over_the_recipe(flag, recipe, capsys):
+    value = RELEASE[flag] if recipe == "paper" else DEFAULTS[flag]
+    given = [f"--{'' if value else 'no-'}{flag}"] if isinstance(value, bool) else [f"--{flag}", str(value)]
+    config = dry_run(capsys, "--recipe", recipe, *given)
+    assert config == dry_run(capsys, "--recipe", recipe) | {flag: value}
+    args = main.argparse.Namespace(**config)
+    assert main.departures(args) == {flag: value}
+    assert f"{flag}={value}" in main.recipe_line(args).partition("the recipe itself has")[0]
+
+
+def test_the_log_says_which_recipe_and_what_differs_from_it(capsys):
+    line = main.recipe_line(main.argparse.Namespace(**dry_run(capsys, "--recipe", "release", "--pairing", "own")))
+    assert line.startswith("recipe release: codebooks=frozen, pairing=own, ")
+    assert line.endswith("(the recipe itself has pairing=all)")
+    assert "as the recipe has them" in main.recipe_line(main.argparse.Namespace(**dry_run(capsys)))
+
+
+def test_no_memory_is_one_thing_whichever_flag_says_so(capsys):
+    off = dry_run(capsys)
+    assert dry_run(capsys, "--memory", "none", "--queue_begin_epoch", "3") == off
+    assert dry_run(capsys, "--memory", "hard") == off
+    on = dry_run(capsys, "--queue_begin_epoch", "3")
+    assert (on["memory"], on["queue_begin_epoch"]) == ("soft", 3)
 
 
 def test_aliases(capsys):

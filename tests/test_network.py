@@ -88,7 +88,7 @@ def test_zero_embedding_has_finite_codes():
 @settings(deadline=None)
 @given(st.integers(1, 12), st.lists(st.integers(0, 15), max_size=12))
 def test_memory_is_a_queue(size, batches):
-    memory, queue, count = CodeMemory(size, M=1, K=2), [], 0
+    memory, queue, count = CodeMemory(size, 1, 2), [], 0
     for batch in batches:
         rows = torch.arange(count, count + batch, dtype=torch.float32)
         count += batch
@@ -101,13 +101,47 @@ def test_memory_is_a_queue(size, batches):
 
 
 def test_memory_stays_out_of_the_state_dict_and_of_gradients():
-    memory = CodeMemory(4, M=2, K=3)
+    memory = CodeMemory(4, 2, 3)
     assert memory.state_dict() == {}
     soft_codes = torch.rand(3, 2, 3, requires_grad=True)
     memory.enqueue(soft_codes)
     assert not memory.entries().requires_grad
     soft_codes.data.zero_()
     assert memory.entries().ne(0).all()
+
+
+@pytest.mark.parametrize("kind", ["soft", "hard", "feature"])
+def test_memory_kinds_against_loops(kind):
+    """Soft and hard codes come back through today's codewords, features as they were."""
+    M, K, d, B = 2, 5, 3, 4
+    backbone = torch.nn.Identity()
+    backbone.dim = 1
+    model = MeCoQ(backbone, M * d, M, K, 2.0, 6, kind)
+    z = torch.randn(B, M * d)
+    p, _ = model.quantizer(z)
+    model.remember(z, p)
+    model.quantizer.codebooks.data = torch.randn(M, K, d)
+    today = model.quantizer.codewords()
+    ours = model.recall(today)
+    assert ours.shape == (B, M, d)
+    for b in range(B):
+        for m in range(M):
+            segment = z[b, m * d : (m + 1) * d]
+            expected = {
+                "soft": sum(p[b, m, k] * today[m, k] for k in range(K)),
+                "hard": today[m, int(p[b, m].argmax())],
+                "feature": segment / segment.norm(),
+            }[kind]
+            torch.testing.assert_close(ours[b, m], expected)
+
+
+def test_frozen_codebooks_do_not_learn():
+    backbone = torch.nn.Identity()
+    backbone.dim = 1
+    model = MeCoQ(backbone, 4, 2, 3, 10.0, None, trained_codebooks=False)
+    model.quantizer(model(torch.randn(5, 1)))[1].sum().backward()
+    assert model.quantizer.codebooks.grad is None
+    assert model.projection.weight.grad is not None
 
 
 # ---------------------------------------------------------------- backbones

@@ -3,7 +3,7 @@
 import hashlib
 import os
 import pickle
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -16,8 +16,10 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from torchvision import transforms
 from torchvision.datasets import CIFAR10
 
+from lists import ImageFiles, find_bad_images, read_flickr25k, read_nuswide
 from utils import LOG, InputError, sample_seed
 
+NOT_COMPARABLE = "Results are not comparable with published ones."
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
@@ -43,11 +45,15 @@ class Splits:
     """What a protocol makes of a data set. `mirrored`: whether a mirror image is the same thing (a flipped digit
     is not), so that the views may flip. `canonical`: False where files are not the published ones."""
 
-    train: Images
-    query: Images
-    database: Images
+    train: Images | ImageFiles
+    query: Images | ImageFiles
+    database: Images | ImageFiles
     mirrored: bool = True
     canonical: bool = True
+
+    def each(self, change: Callable) -> "Splits":
+        """The same, with `change` done to the images of all three."""
+        return replace(self, train=change(self.train), query=change(self.query), database=change(self.database))
 
 
 # ---------------------------------------------------------------- protocols
@@ -94,10 +100,10 @@ def load_cifar10(data_root: Path, protocol: str, seed: int, download: bool) -> S
     ]
     if changed:
         LOG.warning(
-            "WARNING: not the published CIFAR-10 files (checksums differ): %s in %s. "
-            "Results are not comparable with published ones.",
+            "WARNING: not the published CIFAR-10 files (checksums differ): %s in %s. %s",
             ", ".join(changed),
             folder,
+            NOT_COMPARABLE,
         )
     images = Images(np.concatenate([b.pixels for b in batches]), np.concatenate([b.labels for b in batches]))
     counts = np.bincount(images.labels, minlength=10)
@@ -192,28 +198,103 @@ def load_digits(seed: int) -> Splits:
     return Splits(train=rest, query=query, database=rest, mirrored=False)
 
 
+def flickr25k_indices(n: int, seed: int) -> dict[str, np.ndarray]:
+    """Flickr25K's splits of n = 25,000 images: of one permutation, 2,000 queries, then 5,000 that train; the database
+    is all but the queries. A shorter list is split in the same proportions."""
+    order = np.random.RandomState(seed).permutation(n)
+    queries, train = n * 2000 // 25000, n * 5000 // 25000
+    return {"query": order[:queries], "train": order[queries : queries + train], "database": order[queries:]}
+
+
+def load_flickr25k(data_root: Path, list_root: Path, seed: int) -> Splits:
+    """Flickr25K from the lists in `list_root/Flickr25k` and the images in `data_root/Flickr25K/mirflickr`.
+
+    Raises InputError where a list is missing or wrong.
+    """
+    images = read_flickr25k(list_root / "Flickr25k", data_root / "Flickr25K" / "mirflickr")
+    canonical = len(images) == 25000
+    if not canonical:
+        LOG.warning("WARNING: the list has %d images, Flickr25K 25000. %s", len(images), NOT_COMPARABLE)
+    parts = {name: images.subset(part) for name, part in flickr25k_indices(len(images), seed).items()}
+    return Splits(**parts, canonical=canonical)
+
+
+def load_nuswide(data_root: Path, list_root: Path) -> Splits:
+    """NUS-WIDE from the lists in `list_root/Nuswide` and the images in `data_root/NUS-WIDE/Flickr`.
+
+    Raises InputError where a list is missing or wrong.
+    """
+    root = data_root / "NUS-WIDE" / "Flickr"
+    splits = Splits(
+        *(read_nuswide(list_root / "Nuswide" / f"{part}.txt", root) for part in ("train", "test", "database"))
+    )
+    both = np.intersect1d(splits.query.names, splits.database.names)
+    if len(both):
+        LOG.warning("WARNING: %d queries are in the database too, %s the first.", len(both), both[0])
+    canonical = (len(splits.query), len(splits.database)) == (2100, 193734) and not len(both)
+    if not canonical:
+        sizes = len(splits.query), len(splits.database)
+        LOG.warning("WARNING: %d queries and %d others, NUS-WIDE has 2100 and 193734. %s", *sizes, NOT_COMPARABLE)
+    return replace(splits, canonical=canonical)
+
+
 def load_splits(
-    dataset: str, protocol: str, seed: int, data_root: Path, download_cifar10: bool = False, limit: int | None = None
+    dataset: str,
+    protocol: str,
+    seed: int,
+    data_root: Path,
+    list_root: Path = Path("data"),
+    *,
+    download_cifar10: bool = False,
+    limit: int | None = None,
+    skip_bad_images: bool = False,
+    num_workers: int = 0,
 ) -> Splits:
     """The splits of a data set; with `limit`, that many images of each, evenly spaced so that all classes stay.
 
-    Raises InputError where the data is not there or not sound.
+    Image files are looked at before anyone waits for a run: with `skip_bad_images` those that are missing or do not
+    decode are left out. Raises InputError where the data is not there or not sound.
     """
     if dataset == "Digits":
         splits = load_digits(seed)
-    else:
+    elif dataset == "CIFAR10":
         splits = load_cifar10(data_root, protocol, seed, download_cifar10)
-    if limit is None:
-        return splits
-    LOG.warning("WARNING: --limit %d: only %d images a split are used. The MAP means nothing.", limit, limit)
-    return replace(
-        splits, train=_spread(splits.train, limit), query=_spread(splits.query, limit),
-        database=_spread(splits.database, limit),
-    )  # fmt: skip
+    elif dataset == "Flickr25K":
+        splits = load_flickr25k(data_root, list_root, seed)
+    else:
+        splits = load_nuswide(data_root, list_root)
+    if limit is not None:
+        LOG.warning("WARNING: --limit %d: only %d images a split are used. The MAP means nothing.", limit, limit)
+        splits = splits.each(lambda images: _spread(images, limit))
+    if isinstance(splits.database, ImageFiles):
+        splits = _only_sound(splits, skip_bad_images, num_workers)
+    for name in ("train", "query", "database"):
+        if not len(getattr(splits, name)):
+            raise InputError(f"--dataset {dataset}: there are too few images, none is left for the {name} split")
+    return splits
 
 
-def _spread(images: Images, limit: int) -> Images:
+def _spread(images: Images | ImageFiles, limit: int) -> Images | ImageFiles:
     return images.subset(np.linspace(0, len(images), min(limit, len(images)), endpoint=False).astype(int))
+
+
+def _only_sound(splits: Splits, skip_bad_images: bool, num_workers: int) -> Splits:
+    """The splits without the images that are missing or do not decode; InputError where there are any and none may
+    be skipped."""
+    root = splits.database.root
+    names = np.unique(np.concatenate([splits.train.names, splits.query.names, splits.database.names]))
+    bad = find_bad_images(root, names, worker_count(num_workers))
+    if not bad:
+        return splits
+    named = [f"{root / name} {fault}" for name, fault in bad.items()]
+    if not skip_bad_images:
+        raise InputError(
+            f"{len(bad)} of {len(names)} images can not be used, {named[0]}{' for one' if len(bad) > 1 else ''}: "
+            "fetch them again, or leave them out with --skip_bad_images (scripts/check_data.py lists them)"
+        )
+    LOG.warning("WARNING: %d of %d images are left out: %s. %s", len(bad), len(names), "; ".join(named), NOT_COMPARABLE)
+    kept = splits.each(lambda images: images.subset(np.flatnonzero(~np.isin(images.names, list(bad)))))
+    return replace(kept, canonical=False)
 
 
 # ---------------------------------------------------------------- views and loaders
@@ -234,11 +315,16 @@ def view_transform(image_size: int, mirrored: bool) -> transforms.Compose:
     )
 
 
-def test_transform(image_size: int) -> transforms.Compose:
-    """What queries and database images go through: PIL image -> `[3, S, S]` float32."""
+def test_transform(image_size: int, photos: bool = False) -> transforms.Compose:
+    """What queries and database images go through: PIL image -> `[3, S, S]` float32.
+
+    Square images of a data set are resized to S; photos, whose sides differ, to 256 / 224 S (the shorter side), and
+    the centre is cut out.
+    """
+    photo_resize = [transforms.Resize(round(image_size * 256 / 224)), transforms.CenterCrop(image_size)]
     return transforms.Compose(
         [
-            transforms.Resize((image_size, image_size)),
+            *(photo_resize if photos else [transforms.Resize((image_size, image_size))]),
             transforms.ToTensor(),
             transforms.Normalize(IMAGENET_MEAN, IMAGENET_STD),
         ]
@@ -268,7 +354,7 @@ class ShuffledBatches(Sampler[list[tuple[int, int]]]):
 class TwoViews(Dataset):
     """(image, seed) -> two independent views of the image, drawn from the seed."""
 
-    def __init__(self, images: Images, transform: transforms.Compose) -> None:
+    def __init__(self, images: Images | ImageFiles, transform: transforms.Compose) -> None:
         self.images, self.transform = images, transform
 
     def __getitem__(self, key: tuple[int, int]) -> tuple[Tensor, Tensor]:
@@ -284,7 +370,7 @@ class TestImages(Dataset):
 
     __test__ = False  # not a pytest class
 
-    def __init__(self, images: Images, transform: transforms.Compose) -> None:
+    def __init__(self, images: Images | ImageFiles, transform: transforms.Compose) -> None:
         self.images, self.transform = images, transform
 
     def __len__(self) -> int:
@@ -304,18 +390,21 @@ def train_loader(
 
 
 def test_loader(
-    images: Images, image_size: int, batch_size: int, num_workers: int, pin_memory: bool = False
+    images: Images | ImageFiles, image_size: int, batch_size: int, num_workers: int, pin_memory: bool = False
 ) -> DataLoader:
     """Batches `[B, 3, S, S]` of the images in their order."""
-    dataset = TestImages(images, test_transform(image_size))
+    dataset = TestImages(images, test_transform(image_size, photos=isinstance(images, ImageFiles)))
     return DataLoader(dataset, batch_size=batch_size, **_loader_options(num_workers, pin_memory))
 
 
 test_transform.__test__ = test_loader.__test__ = False  # not pytest functions
 
 
+def worker_count(num_workers: int) -> int:
+    """Never more workers than cores: they would only wait for each other."""
+    return min(num_workers, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count())
+
+
 def _loader_options(num_workers: int, pin_memory: bool) -> dict:
-    """Never more workers than cores: they would only wait for each other. The loader's own generator decides nothing
-    here, it keeps the global one out of it."""
-    workers = min(num_workers, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count())
-    return {"num_workers": workers, "pin_memory": pin_memory, "generator": torch.Generator()}
+    """The loader's own generator decides nothing here, it keeps the global one out of it."""
+    return {"num_workers": worker_count(num_workers), "pin_memory": pin_memory, "generator": torch.Generator()}

@@ -22,6 +22,7 @@ from torch.utils.tensorboard import SummaryWriter
 import data
 import loss
 import retrieval
+from lists import ImageFiles
 from network import MeCoQ, read_state_dict
 from utils import LOG, InputError, Patience, RunError, atomic_write, learning_rate, progress_bar, write_json
 
@@ -160,7 +161,7 @@ def train_epoch(
         scalars = {"lr": scheduler.get_last_lr()[0]} | {name: term.item() for name, term in terms.items()}
         total = scalars["loss/total_loss"]
         if not math.isfinite(total):
-            raise RunError(f"the loss became {total} in epoch {epoch}, step {step}")
+            raise RunError(f"the loss became {total} in epoch {epoch}, step {step}: try a smaller --lr or a larger --T")
         optimizer.zero_grad()
         try:
             terms["loss/total_loss"].backward()
@@ -230,7 +231,7 @@ def naming_checkpoint(path: Path, patience: Patience) -> Iterator[None]:
         yield
     except RunError as error:
         best = f"{path} (val mAP={patience.best:.6f})" if patience.best >= 0 else "none was saved yet"
-        raise RunError(f"{error}; last good checkpoint: {best}. Try a smaller --lr or a larger --T") from None
+        raise RunError(f"{error}; last good checkpoint: {best}") from None
 
 
 def save_model(model: MeCoQ, path: Path) -> None:
@@ -242,7 +243,7 @@ def save_model(model: MeCoQ, path: Path) -> None:
 
 
 @torch.inference_mode()
-def encode(model: MeCoQ, images: data.Images, args: Namespace, hard: bool) -> Tensor:
+def encode(model: MeCoQ, images: data.Images | ImageFiles, args: Namespace, hard: bool) -> Tensor:
     """Hard codes `[n, M]` of images, or their embeddings `[n, D]`, on the CPU, in the images' order.
 
     Raises RunError where an embedding is not finite: its code would mean nothing.
@@ -253,7 +254,7 @@ def encode(model: MeCoQ, images: data.Images, args: Namespace, hard: bool) -> Te
     for batch in progress_bar(loader, "encode database" if hard else "encode queries"):
         z = model(batch.to(args.device, non_blocking=True))
         if not z.isfinite().all():
-            raise RunError("the embeddings are not finite numbers")
+            raise RunError("the embeddings are not finite numbers: try a smaller --lr or a larger --T")
         rows.append((model.quantizer.hard_codes(z) if hard else z).cpu())
     return torch.cat(rows)
 
@@ -265,7 +266,7 @@ def test(model: MeCoQ, splits: data.Splits, args: Namespace) -> tuple[retrieval.
     queries = encode(model, splits.query, args, hard=args.symmetric_distance)
     codewords = model.quantizer.codewords()
     if not codewords.isfinite().all():
-        raise RunError("the codewords are not finite numbers")
+        raise RunError("the codewords are not finite numbers: try a smaller --lr or a larger --T")
     if args.symmetric_distance:
         tables = retrieval.symmetric_tables
     else:

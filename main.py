@@ -82,12 +82,16 @@ def _add_run_flags(group: argparse._ArgumentGroup) -> None:
 
 def _add_data_flags(group: argparse._ArgumentGroup) -> None:
     add = group.add_argument
-    add("--dataset", choices=["CIFAR10", "Digits"], default="CIFAR10",
+    add("--dataset", choices=["CIFAR10", "Flickr25K", "NUSWIDE", "Digits"], default="CIFAR10",
         help="Digits is small and comes with scikit-learn (default: %(default)s)")
     add("--protocol", "--protocal", choices=["I", "II"], default="I",
         help="CIFAR-10: train on 50,000 (I) or 5,000 (II) images; the others ignore it (default: %(default)s)")
     add("--data_root", default="datasets", metavar="DIR",
-        help="folder with CIFAR-10/cifar-10-batches-py (default: %(default)s)")
+        help="folder with CIFAR-10/cifar-10-batches-py, Flickr25K/mirflickr, NUS-WIDE/Flickr (default: %(default)s)")
+    add("--list_root", default="data", metavar="DIR",
+        help="folder with the split lists Flickr25k/*.txt and Nuswide/*.txt (default: %(default)s)")
+    add("--skip_bad_images", action="store_true",
+        help="leave out image files that are missing or do not decode, instead of stopping before the run")
     add("--download_cifar10", action="store_true", help="download CIFAR-10 first if it is not there")
     add("--image_size", type=int, default=224, help="S, side of the network's input in pixels (default: %(default)s)")
     add("--num_workers", type=int, default=10,
@@ -305,7 +309,15 @@ def run(args: Namespace) -> None:
         LOG.info("configuration: %s", json.dumps(vars(args)))
         seed_everything(args.seed)
         splits = data.load_splits(
-            args.dataset, args.protocol, args.seed, Path(args.data_root), args.download_cifar10, args.limit
+            args.dataset,
+            args.protocol,
+            args.seed,
+            Path(args.data_root),
+            Path(args.list_root),
+            download_cifar10=args.download_cifar10,
+            limit=args.limit,
+            skip_bad_images=args.skip_bad_images,
+            num_workers=args.num_workers,
         )
         sizes = len(splits.train), len(splits.query), len(splits.database)
         LOG.info("%d training images, %d queries, %d in the database", *sizes)

@@ -28,8 +28,14 @@ class RunError(Exception):
 
 
 def one_line(error: BaseException) -> str:
-    """The error's message without line breaks, whatever a library's looks like; its type where it has none."""
-    return " ".join(str(error).split()) or type(error).__name__
+    """The error's message without line breaks, whatever a library's looks like; its type where it has none.
+
+    Of an error that PyTorch passes on from a worker, wrapped into the worker's traceback, the message alone.
+    """
+    text = str(error)
+    if text.startswith("Caught ") and "Original Traceback" in text:
+        text = text.rstrip().rpartition("\n")[2].partition(": ")[2]
+    return " ".join(text.split()) or type(error).__name__
 
 
 def seed_everything(seed: int) -> None:

@@ -9,6 +9,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import Image
+from sklearn.datasets import load_sample_images
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
@@ -39,6 +41,54 @@ def real_cifar10_root(real_data, tmp_path_factory):
     """A data root with the real images, laid out by the folder's own tool."""
     root = tmp_path_factory.mktemp("real")
     subprocess.run([sys.executable, real_data / "tools" / "make_cifar10.py", root / "CIFAR-10"], check=True)
+    return root
+
+
+def write_photos(folder: Path, names: list[str], seed: int = 0) -> None:
+    """JPEG files of different sizes, cut out of the two photographs that come with scikit-learn."""
+    photos = load_sample_images().images
+    generator = np.random.default_rng(seed)
+    for i, name in enumerate(names):
+        height, width = generator.integers(60, 120, 2)
+        top, left = generator.integers(0, 300, 2)
+        path = folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(photos[i % 2][top : top + height, left : left + width]).save(path, quality=90)
+
+
+def write_flickr25k(root: Path, n: int) -> None:
+    """n photos with labels in the layout of Flickr25K: `root/datasets` and `root/data`. Photos of one source share
+    a label."""
+    names = [f"im{i + 1}.jpg" for i in range(n)]
+    write_photos(root / "datasets" / "Flickr25K" / "mirflickr", names)
+    lists = root / "data" / "Flickr25k"
+    lists.mkdir(parents=True)
+    (lists / "img.txt").write_text("".join(f"{name}\n" for name in names))
+    labels = np.random.default_rng(1).random((n, 24)) < 0.04
+    labels[np.arange(n), np.arange(n) % 2] = True
+    np.savetxt(lists / "targets.txt", labels, fmt="%d")
+
+
+def write_nuswide(root: Path, queries: int, others: int) -> None:
+    """The same in the layout of NUS-WIDE."""
+    n = queries + others
+    names = [f"{('sky', 'water')[i % 2]}/{i:04d}.jpg" for i in range(n)]
+    write_photos(root / "datasets" / "NUS-WIDE" / "Flickr", names)
+    labels = np.random.default_rng(1).random((n, 21)) < 0.04
+    labels[np.arange(n), np.arange(n) % 2] = True
+    lines = [f"{name} {' '.join(map(str, row))}\n" for name, row in zip(names, labels.astype(int), strict=True)]
+    lists = root / "data" / "Nuswide"
+    lists.mkdir(parents=True)
+    for part, chosen in (("test", lines[:queries]), ("train", lines[queries:]), ("database", lines[queries:])):
+        (lists / f"{part}.txt").write_text("".join(chosen))
+
+
+@pytest.fixture(scope="session")
+def photo_root(tmp_path_factory):
+    """A folder whose `datasets` and `data` hold a small Flickr25K and a small NUS-WIDE; tests must not change it."""
+    root = tmp_path_factory.mktemp("photos")
+    write_flickr25k(root, 125)
+    write_nuswide(root, 20, 70)
     return root
 
 

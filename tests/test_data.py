@@ -19,8 +19,7 @@ def golden_splits():
         seed = int(re.search(r"seed(\d+)", path.name)[1])
         for name, expected in json.loads(path.read_text()).items():
             protocol, part = name.split("/")
-            if protocol in ("I", "II"):
-                yield pytest.param(seed, protocol, part, expected, id=f"{seed}-{protocol}-{part}")
+            yield pytest.param(seed, protocol, part, expected, id=f"{seed}-{protocol}-{part}")
 
 
 GOLDEN_SPLITS = list(golden_splits())
@@ -32,7 +31,10 @@ def test_golden_splits(seed, protocol, part, expected):
     """The hashes were taken over a file order in which every ten images hold each class once, turned by one."""
     position = np.arange(60000)
     labels = (7 * position + position // 10) % 10
-    indices = data.cifar10_indices(labels, protocol, seed)[part]
+    if protocol in ("I", "II"):
+        indices = data.cifar10_indices(labels, protocol, seed)[part]
+    else:
+        indices = data.flickr25k_indices(25000, seed)[part]
     assert len(indices) == expected["n"]
     assert indices[:4].tolist() == expected["first"]
     assert hashlib.sha256(indices.astype(np.int64).tobytes()).hexdigest() == expected["sha256"]
@@ -147,6 +149,42 @@ def test_damaged_batches_are_named(kind, words, cifar10_root, tmp_path, capsys):
     assert "hacked" not in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("n", [25000, 1000, 130])
+def test_flickr25k_splits_share_no_query_with_the_database(n):
+    parts = data.flickr25k_indices(n, 1)
+    assert [len(parts[name]) for name in ("query", "train", "database")] == [n * 2 // 25, n // 5, n - n * 2 // 25]
+    assert sorted([*parts["query"], *parts["database"]]) == list(range(n))
+    assert set(parts["train"]) <= set(parts["database"])
+
+
+def test_photo_lists_that_are_not_the_published_ones_warn(photo_root, caplog, monkeypatch):
+    monkeypatch.setattr(data.LOG, "propagate", True)
+    roots = photo_root / "datasets", photo_root / "data"
+    assert not data.load_flickr25k(*roots, 2021).canonical
+    assert "125 images, Flickr25K 25000" in caplog.text
+    assert not data.load_nuswide(*roots).canonical
+    assert "20 queries and 70 others" in caplog.text
+
+
+def test_queries_in_the_database_are_pointed_out(photo_root, tmp_path, caplog, monkeypatch):
+    monkeypatch.setattr(data.LOG, "propagate", True)
+    shutil.copytree(photo_root / "data", tmp_path, dirs_exist_ok=True)
+    test = (tmp_path / "Nuswide" / "test.txt").read_text()
+    with (tmp_path / "Nuswide" / "database.txt").open("a") as file:
+        file.write(test.splitlines()[4])
+    data.load_nuswide(photo_root / "datasets", tmp_path)
+    assert "1 queries are in the database too, sky/0004.jpg the first" in caplog.text
+
+
+def test_splits_that_come_out_empty_are_refused(photo_root, tmp_path):
+    for name in ("img.txt", "targets.txt"):
+        lines = (photo_root / "data" / "Flickr25k" / name).read_text().splitlines()[:9]
+        (tmp_path / "Flickr25k").mkdir(exist_ok=True)
+        (tmp_path / "Flickr25k" / name).write_text("\n".join(lines))
+    with pytest.raises(InputError, match="none is left for the query split"):
+        data.load_splits("Flickr25K", "I", 1, photo_root / "datasets", tmp_path)
+
+
 def test_missing_data_set_says_where_and_how(tmp_path):
     with pytest.raises(InputError, match=rf"{tmp_path}/CIFAR-10/cifar-10-batches-py.*--download_cifar10"):
         data.load_cifar10(tmp_path, "I", 2021, download=False)
@@ -247,6 +285,16 @@ def test_test_images_are_resized_and_normalised():
     x = data.test_transform(64)(picture)
     assert x.shape == (3, 64, 64)
     np.testing.assert_allclose(x[:, 10, 10], [(1 - 0.485) / 0.229, -0.456 / 0.224, -0.406 / 0.225], rtol=1e-5)
+
+
+def test_photos_are_resized_by_their_shorter_side_and_cut():
+    """A picture twice as wide as high: its outer quarters are cut off, and an eighth of what is left on each side."""
+    picture = Image.new("RGB", (512, 256), (0, 0, 255))
+    picture.paste((255, 0, 0), (144, 16, 368, 240))  # the 224 x 224 in the middle
+    x = data.test_transform(224, photos=True)(picture)
+    assert x.shape == (3, 224, 224)
+    np.testing.assert_allclose(x[0], (1 - 0.485) / 0.229, rtol=1e-5)
+    assert data.test_transform(64, photos=True)(picture).shape == (3, 64, 64)
 
 
 def test_real_images_load_with_their_labels(real_cifar10_root):

@@ -20,7 +20,7 @@ DEFAULTS = {
     "disable_writer": False, "disable_scheduler": False, "download_cifar10": False, "limit": None,
     "hp_lambda": 0, "codebooks": "trained", "pairing": "own", "debias_memory": True, "negative_bound": "dcl",
     "normalize_memory": True, "keep_lr_scaling": True, "normalize_query": True, "detect_anomaly": False,
-    "memory": "none",
+    "memory": "none", "skip_bad_images": False,
 }  # fmt: skip
 
 
@@ -42,7 +42,7 @@ def refused(capsys, *flags):
 def test_defaults(capsys):
     config = dry_run(capsys)
     assert {name: config[name] for name in DEFAULTS} == DEFAULTS
-    assert set(config) - set(DEFAULTS) == {"notes", "data_root", "dry_run"}
+    assert set(config) - set(DEFAULTS) == {"notes", "data_root", "list_root", "dry_run"}
 
 
 def test_dry_run_touches_neither_data_nor_device_nor_disk(tmp_path):

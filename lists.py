@@ -1,5 +1,8 @@
 """Which image files, with which labels? The split lists of Flickr25K and NUS-WIDE, and the images they name."""
 
+import re
+import zipfile
+import zlib
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
@@ -8,7 +11,7 @@ import torch
 from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 
-from utils import InputError, RunError, one_line, progress_bar
+from utils import InputError, RunError, atomic_write, one_line, progress_bar
 
 FLICKR25K_CONCEPTS, NUSWIDE_CONCEPTS = 24, 21
 
@@ -95,6 +98,38 @@ def _names(names: list[str], path: Path) -> np.ndarray:
         if first.setdefault(name, i) != i:
             raise InputError(f"{path}:{i}: {name[:80]!r} stands in line {first[name]} already")
     return np.array(names)
+
+
+# ---------------------------------------------------------------- the makers' annotations
+
+
+def read_texts(source: Path, pattern: str) -> dict[str, str]:
+    """The text files whose path ends like the regular expression `pattern`, of a folder or a zip archive: name of the
+    file -> content. Raises InputError where there is no such source or it is damaged."""
+    wanted = re.compile(rf"(.*/)?{pattern}")
+    try:
+        if source.is_dir():
+            files = {path.relative_to(source.parent).as_posix(): path for path in sorted(source.rglob("*.txt"))}
+            found = {name: path.read_bytes() for name, path in files.items() if wanted.fullmatch(name)}
+        else:
+            with zipfile.ZipFile(source) as archive:
+                found = {name: archive.read(name) for name in archive.namelist() if wanted.fullmatch(name)}
+        return {PurePosixPath(name).name: content.decode("utf-8") for name, content in found.items()}
+    except FileNotFoundError:
+        raise InputError(f"{source} does not exist: it must be a folder or a zip archive of annotations") from None
+    except (zipfile.BadZipFile, zlib.error, OSError, UnicodeDecodeError, RuntimeError, NotImplementedError) as error:
+        raise InputError(f"{source} is not a readable zip archive of annotations ({one_line(error)})") from error
+
+
+def write_lists(folder: Path, contents: dict[str, list[str]], force: bool) -> None:
+    """Write text files of one line an entry. Raises InputError where one is there already, unless `force`."""
+    there = [str(folder / name) for name in contents if (folder / name).exists()]
+    if there and not force:
+        raise InputError(f"{', '.join(there)}: there already; --force writes over it")
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, lines in contents.items():
+        with atomic_write(folder / name, "w") as file:
+            file.writelines(f"{line}\n" for line in lines)
 
 
 # ---------------------------------------------------------------- images

@@ -1,5 +1,6 @@
 """What does everyone need? Errors, seeding, logging, the learning-rate schedule, patience, atomic files."""
 
+import argparse
 import json
 import logging
 import math
@@ -7,10 +8,10 @@ import os
 import random
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, NoReturn
 
 import numpy as np
 import torch
@@ -25,6 +26,25 @@ class InputError(Exception):
 
 class RunError(Exception):
     """The run itself went wrong (a non-finite loss): one line, exit code 1."""
+
+
+class Parser(argparse.ArgumentParser):
+    """Says what is wrong in one line instead of printing the usage."""
+
+    def error(self, message: str) -> NoReturn:
+        raise InputError(message.removeprefix("argument "))
+
+
+def run_script(script: Callable[[], int | None]) -> int:
+    """Call what a script does; wrong input and failing files end in one line. Returns the exit code: 0, 2 or 1."""
+    try:
+        return script() or 0
+    except (InputError, RunError, OSError) as error:  # OSError: a file failed under a sound run
+        print(f"error: {one_line(error)}", file=sys.stderr)
+        return 2 if isinstance(error, InputError) else 1
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
 
 
 def one_line(error: BaseException) -> str:

@@ -1,0 +1,227 @@
+"""The tools that a user starts by hand, called in this process as `main(argv)` under `run_script`."""
+
+import importlib.util
+import shutil
+import zipfile
+
+import numpy as np
+import pytest
+from conftest import ROOT
+
+import data
+import lists
+from utils import run_script
+
+
+def load(name):
+    spec = importlib.util.spec_from_file_location(name, ROOT / "scripts" / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def call(name, *argv):
+    return run_script(lambda: load(name).main([str(arg) for arg in argv]))
+
+
+def refused(capsys, name, *argv):
+    assert call(name, *argv) == 2
+    output = capsys.readouterr()
+    assert output.err.startswith("error: ")
+    assert output.err.count("\n") == 1
+    return output.err
+
+
+def zipped(folder, path):
+    with zipfile.ZipFile(path, "w") as archive:
+        for file in sorted(folder.rglob("*")):
+            archive.write(file, file.relative_to(folder))
+    return path
+
+
+# ---------------------------------------------------------------- MIRFLICKR-25000
+
+RELEVANT = ("baby", "bird", "car", "clouds", "dog", "female", "flower", "male", "night", "people", "portrait", "river",
+            "sea", "tree")  # fmt: skip
+POTENTIAL = (*RELEVANT, "animals", "food", "indoor", "lake", "plant_life", "sky", "structures", "sunset", "transport",
+             "water")  # fmt: skip
+FLICKR_FILES = (*POTENTIAL, *(f"{name}_r1" for name in RELEVANT))
+
+
+@pytest.fixture
+def mirflickr(tmp_path):
+    """The makers' layout in small, 60 images: potential labels, relevant ones (_r1), a README; and the true labels."""
+    folder = tmp_path / "mirflickr25k_annotations_v080"
+    folder.mkdir()
+    generator = np.random.default_rng(3)
+    truth = {}
+    for name in FLICKR_FILES:
+        truth[name] = np.sort(generator.choice(60, generator.integers(1, 30), replace=False)) + 1
+        (folder / f"{name}.txt").write_text("\r\n".join(map(str, truth[name])) + "\r\n")
+    (folder / "README.txt").write_text("Annotations of MIRFLICKR-25000")
+    return folder, {name: numbers for name, numbers in truth.items() if not name.endswith("_r1")}
+
+
+@pytest.mark.parametrize("kind", ["folder", "zip"])
+def test_flickr25k_lists_hold_the_potential_labels(kind, mirflickr, tmp_path, capsys):
+    folder, truth = mirflickr
+    source = folder if kind == "folder" else zipped(folder.parent, tmp_path.parent / f"{tmp_path.name}.zip")
+    output = tmp_path / "data" / "Flickr25k"
+    assert call("prepare_flickr25k", source, "--output", output, "--count", 60) == 0
+    assert f"water {len(truth['water'])}" in capsys.readouterr().out
+    images = lists.read_flickr25k(output, tmp_path)
+    assert images.names.tolist() == [f"im{i}.jpg" for i in range(1, 61)]
+    concepts = (output / "concepts.txt").read_text().split()
+    assert concepts == sorted(truth)
+    for column, concept in enumerate(concepts):
+        assert (np.flatnonzero(images.labels[:, column]) + 1).tolist() == truth[concept].tolist()
+
+
+def test_flickr25k_lists_are_not_overwritten_unless_forced(mirflickr, tmp_path, capsys):
+    output = tmp_path / "lists"
+    output.mkdir()
+    (output / "targets.txt").write_text("mine")
+    assert "--force" in refused(capsys, "prepare_flickr25k", mirflickr[0], "--output", output, "--count", 60)
+    assert [path.name for path in output.iterdir()] == ["targets.txt"]
+    assert (output / "targets.txt").read_text() == "mine"
+    assert call("prepare_flickr25k", mirflickr[0], "--output", output, "--count", 60, "--force") == 0
+    assert len((output / "targets.txt").read_text().splitlines()) == 60
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "words"),
+    [
+        ("sky.txt", "1\n61\n", "sky.txt:2: '61' is no image number from 1 to 60"),
+        ("sky.txt", "0\n", "sky.txt:1: '0' is no image number"),
+        ("sky.txt", "1\nim7.jpg\n", "sky.txt:2: 'im7.jpg' is no image number"),
+        ("sky.txt", "4\n5\n4\n", "sky.txt:3: image 4 stands there twice"),
+        ("sky.txt", "", "sky.txt is empty"),
+        ("tree.txt", None, "1 of the 24 label files are not in it: tree"),
+    ],
+)
+def test_flickr25k_annotations_that_are_wrong(name, content, words, mirflickr, tmp_path, capsys):
+    folder = mirflickr[0]
+    (folder / name).unlink()
+    if content is not None:
+        (folder / name).write_text(content)
+    output = tmp_path / "lists"
+    assert words in refused(capsys, "prepare_flickr25k", folder, "--output", output, "--count", 60)
+    assert not output.exists()
+
+
+def test_annotations_that_are_no_archive(tmp_path, capsys):
+    assert "does not exist" in refused(capsys, "prepare_flickr25k", tmp_path / "none.zip")
+    (tmp_path / "bad.zip").write_text("404: not found")
+    assert "bad.zip is not a readable zip archive" in refused(capsys, "prepare_flickr25k", tmp_path / "bad.zip")
+
+
+# ---------------------------------------------------------------- NUS-WIDE
+
+
+@pytest.fixture
+def nuswide(tmp_path):
+    """The makers' layout in small: 30 concepts, 400 images; and labels by name of image."""
+    generator = np.random.default_rng(5)
+    concepts = [f"concept{i:02d}" for i in range(30)]
+    labels = generator.random((400, 30)) < np.linspace(0.02, 0.2, 30)[generator.permutation(30)]
+    ground, images = tmp_path / "Groundtruth", tmp_path / "ImageList"
+    for folder in (ground / "AllLabels", ground / "TrainTestLabels", images):
+        folder.mkdir(parents=True)
+    for column, concept in enumerate(concepts):
+        (ground / "AllLabels" / f"Labels_{concept}.txt").write_text("".join(f"{x:d}\n" for x in labels[:, column]))
+        (ground / "TrainTestLabels" / f"Labels_{concept}_Train.txt").write_text("1\n")
+    names = [f"actor\\{i:04d}_{i * 7}.jpg" for i in range(400)]
+    (images / "Imagelist.txt").write_text("\r\n".join(names) + "\r\n")
+    (images / "TrainImagelist.txt").write_text(names[0])
+    order = sorted(range(30), key=lambda i: (-labels[:, i].sum(), concepts[i]))[:21]
+    frequent = sorted(order, key=lambda i: concepts[i])
+    truth = {name.replace("\\", "/"): labels[i, frequent] for i, name in enumerate(names)}
+    return ground, images, [concepts[i] for i in frequent], truth
+
+
+@pytest.mark.parametrize("kind", ["folder", "zip"])
+def test_nuswide_lists_keep_the_frequent_concepts(kind, nuswide, tmp_path):
+    ground, images, concepts, truth = nuswide
+    if kind == "zip":
+        ground, images = zipped(ground, tmp_path / "Groundtruth.zip"), zipped(images, tmp_path / "ImageList.zip")
+    output = tmp_path / "data" / "Nuswide"
+    assert call("prepare_nuswide", ground, images, "--output", output, "--count", 400, "--queries", 3) == 0
+    assert (output / "concepts.txt").read_text().split() == concepts
+    train, database, test = (
+        lists.read_nuswide(output / f"{part}.txt", tmp_path) for part in ("train", "database", "test")
+    )
+    np.testing.assert_array_equal(train.names, database.names)
+    assert len(test) == 63
+    assert set(test.names) | set(database.names) == {name for name, row in truth.items() if row.any()}
+    assert not set(test.names) & set(database.names)
+    for part in (train, database, test):
+        np.testing.assert_array_equal(part.labels, np.array([truth[name] for name in part.names]))
+    assert test.labels.sum(axis=0).min() >= 3
+
+
+def test_nuswide_queries_come_from_the_seed(nuswide, tmp_path):
+    contents = []
+    for name, seed in (("a", 1), ("b", 1), ("c", 2)):
+        flags = ("--output", tmp_path / name, "--count", 400, "--queries", 3, "--seed", seed)
+        assert call("prepare_nuswide", *nuswide[:2], *flags) == 0
+        contents.append((tmp_path / name / "test.txt").read_text())
+    assert contents[0] == contents[1] != contents[2]
+
+
+@pytest.mark.parametrize(
+    ("file", "change", "words"),
+    [
+        ("ImageList/Imagelist.txt", lambda text: text[: len(text) // 2], "images instead of 400"),
+        ("ImageList/Imagelist.txt", lambda text: text.replace("0001_7", "0000_0"), "stands in Imagelist.txt twice"),
+        ("ImageList/Imagelist.txt", None, "there is no Imagelist.txt"),
+        ("Groundtruth/AllLabels/Labels_concept04.txt", lambda text: text[2:], "399 labels for 400 images"),
+        (
+            "Groundtruth/AllLabels/Labels_concept04.txt",
+            lambda text: "0\n2\n" + text[4:],
+            "Labels_concept04.txt:2: a label is '2'",
+        ),
+    ],
+)
+def test_nuswide_annotations_that_are_wrong(file, change, words, nuswide, tmp_path, capsys):
+    path = tmp_path / file
+    text = path.read_text()
+    path.unlink()
+    if change is not None:
+        path.write_text(change(text))
+    flags = ("--output", tmp_path / "lists", "--count", 400, "--queries", 3)
+    assert words in refused(capsys, "prepare_nuswide", *nuswide[:2], *flags)
+    assert not (tmp_path / "lists").exists()
+
+
+def test_nuswide_refuses_what_can_not_be_drawn_and_what_is_there(nuswide, tmp_path, capsys):
+    flags = ("--output", tmp_path / "lists", "--count", 400)
+    assert "images left to draw from" in refused(capsys, "prepare_nuswide", *nuswide[:2], *flags, "--queries", 90)
+    assert call("prepare_nuswide", *nuswide[:2], *flags, "--queries", 2) == 0
+    assert "--force" in refused(capsys, "prepare_nuswide", *nuswide[:2], *flags, "--queries", 3)
+    assert len((tmp_path / "lists" / "test.txt").read_text().splitlines()) == 42
+
+
+# ---------------------------------------------------------------- check_data
+
+
+def test_check_data_says_what_is_there_and_what_is_missing(photo_root, cifar10_root, tmp_path, capsys):
+    shutil.copytree(photo_root, tmp_path, dirs_exist_ok=True)
+    (tmp_path / "datasets" / "CIFAR-10").symlink_to(cifar10_root / "CIFAR-10")
+    roots = ("--data_root", tmp_path / "datasets", "--list_root", tmp_path / "data", "--num_workers", 0)
+    assert call("check_data", *roots) == 0
+    text = capsys.readouterr().out
+    assert "airplane 5000, automobile 5000" in text
+    assert "50000 training images, 10000 queries, 50000 in the database" in text
+    assert "125 named by the lists, 125 sound, 0 missing" in text
+    splits = data.load_nuswide(tmp_path / "datasets", tmp_path / "data")
+    assert ", ".join(f"{i} {n}" for i, n in enumerate(splits.database.labels.sum(axis=0))) in text
+    name = splits.query.names[3]
+    (splits.query.root / name).unlink()
+    (splits.query.root / splits.database.names[1]).write_bytes(b"")
+    (tmp_path / "data" / "Flickr25k" / "img.txt").unlink()
+    assert call("check_data", *roots) == 1
+    text = capsys.readouterr().out
+    assert "not usable" in text.partition("Flickr25K:")[2].partition("NUSWIDE:")[0]
+    assert "90 named by the lists, 88 sound, 1 missing, 1 do not decode" in text
+    assert f"{name} is missing" in text
+    assert call("check_data", *roots, "--dataset", "CIFAR10") == 0

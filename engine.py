@@ -1,5 +1,6 @@
 """How does a run go? Training, encoding a database, testing, and the files that a run leaves."""
 
+import json
 import math
 import platform
 import resource
@@ -24,7 +25,17 @@ import loss
 import retrieval
 from lists import ImageFiles
 from network import MeCoQ, read_state_dict
-from utils import LOG, InputError, Patience, RunError, atomic_write, learning_rate, progress_bar, write_json
+from utils import (
+    LOG,
+    InputError,
+    Patience,
+    RunError,
+    atomic_write,
+    learning_rate,
+    one_line,
+    progress_bar,
+    write_json,
+)
 
 
 @dataclass
@@ -260,9 +271,13 @@ def encode(model: MeCoQ, images: data.Images | ImageFiles, args: Namespace, hard
 
 
 @torch.inference_mode()
-def test(model: MeCoQ, splits: data.Splits, args: Namespace) -> tuple[retrieval.Metrics, Tensor]:
-    """Encode queries and database, rank, measure. Returns the metrics and the database's codes `[n, M]`."""
-    db_codes = encode(model, splits.database, args, hard=True)
+def test(
+    model: MeCoQ, splits: data.Splits, args: Namespace, db_codes: Tensor | None = None
+) -> tuple[retrieval.Metrics, Tensor]:
+    """Encode queries and database (or take `db_codes` for it), rank, measure. Returns the metrics and the database's
+    codes `[n, M]`."""
+    if db_codes is None:
+        db_codes = encode(model, splits.database, args, hard=True)
     queries = encode(model, splits.query, args, hard=args.symmetric_distance)
     codewords = model.quantizer.codewords()
     if not codewords.isfinite().all():
@@ -307,9 +322,67 @@ def run(model: MeCoQ, splits: data.Splits, args: Namespace, files: Files) -> dic
             raise RunError(f"{files.model} changed under the run: {error}") from error
     else:
         save_model(model, files.model)
+    return report(model, splits, args, files, watch, history)
+
+
+def run_test(model: MeCoQ, splits: data.Splits, args: Namespace, files: Files) -> dict:
+    """Test a model that is trained already. The codes in `db_codes.npy` beside `--checkpoint`, if there are any, stand
+    for the database; under `--limit` it is encoded."""
+    write_json(files.checkpoints / "config.json", vars(args))
+    path = Path(args.checkpoint).with_name("db_codes.npy")
+    codes = saved_codes(path, model, splits.database, args) if path.exists() and args.limit is None else None
+    return report(model, splits, args, files, Stopwatch(), [], codes)
+
+
+def saved_codes(path: Path, model: MeCoQ, database: data.Images | ImageFiles, args: Namespace) -> Tensor:
+    """Codes `[n, M]` of the database from a file, once some of its images, encoded anew, have shown that they fit.
+
+    Raises InputError where they do not.
+    """
+    advice = "move the file away to have the database encoded"
+    codes = read_array(path)
+    if codes.shape != (len(database), args.M) or codes.dtype.kind not in "iu":
+        raise InputError(f"{path} holds {codes.dtype} {list(codes.shape)}, not a code of {args.M} numbers for each of "
+                         f"{len(database)} images: {advice}")  # fmt: skip
+    if codes.min() < 0 or codes.max() >= args.K:
+        raise InputError(f"{path}: a code is {codes.min()} or {codes.max()}, codewords are 0 to {args.K - 1}: {advice}")
+    targets = path.with_name("db_targets.npy")
+    if targets.exists() and not np.array_equal(read_array(targets), database.labels):
+        raise InputError(f"{targets}: other labels than those of this data set, split and --seed: {advice}")
+    probe = np.linspace(0, len(database), min(64, len(database)), endpoint=False).astype(int)
+    agree = float((encode(model, database.subset(probe), args, hard=True).numpy() == codes[probe]).mean())
+    if agree < 0.5:
+        raise InputError(f"{path}: only {agree:.0%} of the codes of {len(probe)} images are the checkpoint's: {advice}")
+    LOG.info("database codes from %s (of %d images encoded anew, %.1f%% agree)", path, len(probe), 100 * agree)
+    return torch.from_numpy(codes.astype(np.uint8 if args.K <= 256 else np.int32))
+
+
+def read_array(path: Path) -> np.ndarray:
+    try:
+        array = np.load(path, allow_pickle=False)
+    except (OSError, ValueError, EOFError) as error:
+        raise InputError(f"{path} is not a readable .npy file ({one_line(error)}): move it away") from error
+    if not isinstance(array, np.ndarray):
+        raise InputError(f"{path} is not a .npy file but an archive of them: move it away")
+    return array
+
+
+def report(
+    model: MeCoQ,
+    splits: data.Splits,
+    args: Namespace,
+    files: Files,
+    watch: Stopwatch,
+    history: list[dict],
+    db_codes: Tensor | None = None,
+) -> dict:
+    """Test the model, log and write every result. Returns what went into `metrics.json`."""
     with watch.measure("test"):
-        metrics, db_codes = test(model, splits, args)
+        metrics, db_codes = test(model, splits, args, db_codes)
     LOG.info("test mAP=%.6f", metrics.map)
+    precisions = metrics.p_at_k[1].tolist()
+    ranks = [rank for rank in (1, 10, 100, 1000, 5000) if rank <= len(precisions)]
+    LOG.info("test %s", ", ".join(f"P@{rank}={precisions[rank - 1]:.6f}" for rank in ranks))
     save_results(metrics, db_codes, splits, args, files)
     results = {
         "map": metrics.map,
@@ -328,9 +401,34 @@ def run(model: MeCoQ, splits: data.Splits, args: Namespace, files: Files) -> dic
         "peak_memory_mb": peak_memory(args.device),
         "device": device_name(args.device),
         "versions": versions(),
+        "config": vars(args),
     }
     write_json(files.checkpoints / "metrics.json", results)
     return results
+
+
+# flags that say where and how a run goes, not what comes out
+NEUTRAL = {"data_root", "device", "disable_writer", "download_cifar10", "list_root", "notes", "num_workers", "output",
+           "skip_finished"}  # fmt: skip
+
+
+def is_finished(files: Files, args: Namespace) -> bool:
+    """Whether the folder of this run holds the results of the same flags.
+
+    Raises InputError where it holds those of others: they must not be mistaken for these, nor lost.
+    """
+    path = files.checkpoints / "metrics.json"
+    if not path.exists():
+        return False
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))["config"]
+        others = [flag for flag, value in vars(args).items() if flag not in NEUTRAL and config.get(flag) != value]
+    except (ValueError, KeyError, AttributeError, TypeError, OSError) as error:
+        raise InputError(f"{path} is not the metrics.json of a run ({one_line(error)}): move it away") from error
+    if others:
+        values = ", ".join(f"{flag}={config.get(flag)}" for flag in others)
+        raise InputError(f"{files.checkpoints} holds a run with {values}: give this one another --output or --notes")
+    return True
 
 
 def code_bits(args: Namespace) -> int:

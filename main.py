@@ -10,17 +10,18 @@ import re
 import sys
 from argparse import BooleanOptionalAction, Namespace
 from pathlib import Path
-from typing import NoReturn
 
 import torch
 
 import data
 import engine
-from network import BACKBONES, Backbone, MeCoQ, build_backbone
-from utils import LOG, InputError, RunError, check_writable, logging_to, one_line, seed_everything
+from network import BACKBONES, Backbone, MeCoQ, build_backbone, load_checkpoint
+from utils import LOG, InputError, Parser, RunError, check_writable, logging_to, one_line, run_script, seed_everything
 
 # how PyTorch words it on a GPU, on a CPU, and where the shared memory of its workers is full
 OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "bus error", "Bus error", "killed by signal: Killed")
+
+NOTES = re.compile(r"\w[\w.+=-]*")
 
 # Where the released code departs from the paper. A recipe is a column of this table, a set of defaults; a flag that the
 # user gives wins.
@@ -40,13 +41,6 @@ RECIPES: dict[str, dict[str, object]] = {
     "paper": {flag: paper for flag, (paper, _) in DIFFERENCES.items()},
     "release": {flag: release for flag, (_, release) in DIFFERENCES.items()},
 }
-
-
-class Parser(argparse.ArgumentParser):
-    """Says what is wrong in one line instead of printing the usage."""
-
-    def error(self, message: str) -> NoReturn:
-        raise InputError(message.removeprefix("argument "))
 
 
 def build_parser() -> Parser:
@@ -76,6 +70,10 @@ def _add_run_flags(group: argparse._ArgumentGroup) -> None:
     add("--seed", type=int, default=2021, help="seed of splits, weights, order and views (default: %(default)s)")
     add("--output", default=".", metavar="DIR", help="logs/ and checkpoints/ go below it (default: current folder)")
     add("--disable_writer", action="store_true", help="write no TensorBoard files")
+    add("--test_only", action="store_true", help="train nothing: test the model of --checkpoint")
+    add("--checkpoint", metavar="PATH",
+        help="model.cpt of a run, or of the authors' release; db_codes.npy beside it is taken for the database's codes")
+    add("--skip_finished", action="store_true", help="do nothing where a run with these flags has finished already")
     add("--dry_run", action="store_true",
         help="check the flags, print the resolved configuration as JSON, touch neither data nor device")
 
@@ -197,6 +195,11 @@ def resolve(args: Namespace) -> Namespace:
         if getattr(args, name) is None:
             setattr(args, name, value)
     from_scratch = args.backbone == "convnet"
+    if args.test_only != (args.checkpoint is not None):
+        raise InputError("--test_only and --checkpoint PATH go together: give both or none")
+    if args.test_only and (args.weights or args.vgg_model_path):
+        raise InputError("--weights: with --test_only they come from --checkpoint")
+    args.weights = args.weights or args.checkpoint
     if args.weights and args.vgg_model_path and args.weights != args.vgg_model_path:
         raise InputError("--weights and --vgg_model_path name different weights: give one of them")
     args.weights = args.weights or args.vgg_model_path or ("random" if from_scratch else "imagenet")
@@ -210,6 +213,10 @@ def resolve(args: Namespace) -> Namespace:
         args.memory, args.queue_begin_epoch = "none", -1
     if args.mode == "simple":
         args.pos_prior = 0.0
+    if args.notes is None and args.test_only:
+        args.notes = f"{Path(args.checkpoint).resolve().parent.name}-test"
+        if not NOTES.fullmatch(args.notes):
+            args.notes = "test"
     if args.notes is None:
         protocol = args.protocol if args.dataset == "CIFAR10" else ""
         args.notes = f"{args.dataset}{protocol}{engine.code_bits(args)}bits"
@@ -267,7 +274,7 @@ def check(args: Namespace) -> None:
         "must be cpu, cuda or cuda:N",
     )
     require(
-        args.notes is None or re.fullmatch(r"\w[\w.+=-]*", args.notes) is not None,
+        args.notes is None or NOTES.fullmatch(args.notes) is not None,
         "notes",
         "names files: use letters, digits and . _ + = - only",
     )
@@ -299,6 +306,11 @@ def run(args: Namespace) -> None:
     if args.device != "cpu":
         torch.cuda.set_device(args.device)
     files = engine.Files(Path(args.output), args.notes)
+    if args.skip_finished and engine.is_finished(files, args):
+        print(f"{files.checkpoints} is finished: skipped")
+        return
+    if args.test_only and files.checkpoints.resolve() == Path(args.checkpoint).resolve().parent:
+        raise InputError(f"--notes {args.notes}: the results would replace those beside --checkpoint; choose others")
     for folder in (files.checkpoints, files.log.parent if args.disable_writer else files.tensorboard):
         check_writable(folder)
     with logging_to(files.log):
@@ -321,36 +333,38 @@ def run(args: Namespace) -> None:
         )
         sizes = len(splits.train), len(splits.query), len(splits.database)
         LOG.info("%d training images, %d queries, %d in the database", *sizes)
-        backbone = build_backbone(args.backbone, args.weights, args.trainable_layer_num, args.precision == "bf16")
+        weights = "random" if args.test_only else args.weights
+        backbone = build_backbone(args.backbone, weights, args.trainable_layer_num, args.precision == "bf16")
         model = build_model(backbone, args).to(args.device)
-        engine.run(model, splits, args, files)
+        if args.test_only:
+            load_checkpoint(model, Path(args.checkpoint))
+            engine.run_test(model, splits, args, files)
+        else:
+            engine.run(model, splits, args, files)
         LOG.info("results are in %s", files.checkpoints)
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Exit code 0; 2 for bad input; 1 for a run that failed; 130 when interrupted."""
+def start(argv: list[str] | None) -> int:
+    """Do what the flags say; a lack of memory ends in one line too. Returns 0, or 1."""
+    args = resolve(build_parser().parse_args(argv))
+    if args.dry_run:
+        print(json.dumps(vars(args), indent=2))
+        return 0
     try:
-        args = resolve(build_parser().parse_args(argv))
-        if args.dry_run:
-            print(json.dumps(vars(args), indent=2))
-        else:
-            run(args)
-    except (InputError, RunError, OSError) as error:  # OSError: a file failed under a sound run
-        print(f"error: {one_line(error)}", file=sys.stderr)
-        return 2 if isinstance(error, InputError) else 1
+        run(args)
     except (MemoryError, RuntimeError) as error:
         if not isinstance(error, MemoryError) and not any(words in str(error) for words in OUT_OF_MEMORY):
             raise
         reason = one_line(error)[:200]
-        print(
-            f"error: out of memory ({reason}): try a smaller --batch_size, --num_workers, --queue_size or --K",
-            file=sys.stderr,
-        )
-        return 1
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        return 130
+        raise RunError(
+            f"out of memory ({reason}): try a smaller --batch_size, --num_workers, --queue_size or --K"
+        ) from error
     return 0
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Exit code 0; 2 for bad input; 1 for a run that failed; 130 when interrupted."""
+    return run_script(lambda: start(argv))
 
 
 if __name__ == "__main__":

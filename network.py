@@ -307,3 +307,23 @@ class MeCoQ(nn.Module):
         """The memory's vectors `[filled, M, d]`: codes are reconstructed with today's codewords, Eq. 12."""
         entries = self.memory.entries()
         return entries if self.memory_kind == "feature" else self.quantizer.reconstruct(entries, codewords)
+
+
+def load_checkpoint(model: MeCoQ, path: Path) -> None:
+    """Load `model.cpt` of a run, or of the authors' release, whose keys are `vgg.*`, `projection.*`, `pq_layer._C`.
+
+    Raises InputError where it is no such file or does not fit the model.
+    """
+    state = read_state_dict(path, "--checkpoint")
+    released = {"vgg.": "backbone.net.", "pq_layer._C": "quantizer.codebooks"}
+    for old, new in released.items():
+        state = {key.replace(old, new, 1) if key.startswith(old) else key: value for key, value in state.items()}
+    codebooks = state.get("quantizer.codebooks")
+    if codebooks is None or codebooks.dim() != 3:
+        raise InputError(f"--checkpoint {path}: there are no codebooks [M, K, D / M] in it")
+    M, K, d = codebooks.shape
+    quantizer = model.quantizer
+    if (M, K, d) != (quantizer.M, quantizer.K, quantizer.d):
+        raise InputError(f"--checkpoint {path}: made with other codebooks; give --M {M} --K {K} --feat_dim {M * d}")
+    known = set(model.state_dict()) | {"backbone.net.classifier.6.weight", "backbone.net.classifier.6.bias"}
+    _load_weights(model, state, known, f"--checkpoint {path}: does not fit this --backbone")

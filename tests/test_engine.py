@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 from argparse import Namespace
 from pathlib import Path
 
@@ -9,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+import torchvision
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import data
@@ -275,6 +277,138 @@ def test_real_images_and_weights(real_cifar10_root, real_data, tmp_path):
     assert after["map"] > before["map"] + 0.05
 
 
+# ---------------------------------------------------------------- testing alone
+
+
+def test_only_gives_the_map_of_the_run_with_its_codes_or_without(finished, tmp_path, capsys):
+    folder = tmp_path / "checkpoints" / "small"
+    shutil.copytree(finished / "checkpoints" / "small", folder)
+    expected = json.loads((folder / "metrics.json").read_text())
+    flags = (*LIVELY, "--test_only", "--checkpoint", str(folder / "model.cpt"))
+    encoded = small_run(tmp_path, *flags, notes="encoded")  # --limit: the database is encoded
+    metrics = json.loads((encoded / "metrics.json").read_text())
+    assert metrics["map"] == expected["map"]
+    assert metrics["epochs_run"] == 0
+    assert (encoded / "db_codes.npy").read_bytes() == (folder / "db_codes.npy").read_bytes()
+    np.testing.assert_array_equal(np.loadtxt(encoded / "PR_curve.txt"), np.loadtxt(folder / "PR_curve.txt"))
+    assert not (encoded / "model.cpt").exists()
+    assert main.main([*SMALL, *flags, "--output", str(tmp_path), "--notes", "small"]) == 2
+    assert "would replace those beside --checkpoint" in capsys.readouterr().err
+    assert main.main([*SMALL, *LIVELY, "--M", "4", *flags[-3:], "--output", str(tmp_path)]) == 2
+    assert "give --M 2 --K 64 --feat_dim 8" in capsys.readouterr().err
+    assert main.main([*SMALL, *flags, "--backbone", "resnet18", "--image_size", "32", "--output", str(tmp_path)]) == 2
+    assert "does not fit this --backbone" in capsys.readouterr().err
+
+
+@pytest.fixture(scope="module")
+def whole_digits(tmp_path_factory):
+    """A finished run over all digits: codes beside a checkpoint are taken for a whole database only."""
+    return small_run(tmp_path_factory.mktemp("whole"), *LIVELY, "--limit", "99999", "--epoch_num", "1")
+
+
+def only_test(whole_digits, tmp_path, change):
+    folder = tmp_path / "trained"
+    shutil.copytree(whole_digits, folder)
+    change(folder)
+    flags = [flag for flag in SMALL if flag not in ("--limit", "100")]
+    flags += [*LIVELY, "--test_only", "--checkpoint", str(folder / "model.cpt"), "--output", str(tmp_path)]
+    return main.main(flags), tmp_path / "checkpoints" / "trained-test"
+
+
+def test_codes_beside_a_checkpoint_are_taken(whole_digits, tmp_path, monkeypatch):
+    encoded = []
+    original = engine.encode
+    monkeypatch.setattr(engine, "encode", lambda m, i, *a, **k: encoded.append(len(i)) or original(m, i, *a, **k))
+    wide = lambda folder: np.save(folder / "db_codes.npy", np.load(folder / "db_codes.npy").astype(np.int64))  # noqa: E731
+    code, results = only_test(whole_digits, tmp_path, wide)
+    assert code == 0
+    assert encoded == [64, 300]  # the probe and the queries, not the 1,497
+    expected = json.loads((whole_digits / "metrics.json").read_text())
+    assert json.loads((results / "metrics.json").read_text())["map"] == expected["map"]
+    assert np.load(results / "db_codes.npy").dtype == np.uint8
+
+
+def saved(name, change):
+    return lambda folder: np.save(folder / name, change(np.load(folder / name)))
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (saved("db_codes.npy", lambda codes: codes[:-1]), "not a code of 2 numbers for each of 1497 images"),
+        (saved("db_codes.npy", lambda codes: codes[:, :1]), "not a code of 2 numbers"),
+        (saved("db_codes.npy", lambda codes: codes.astype(float)), "holds float64"),
+        (saved("db_codes.npy", lambda codes: codes + 64), "codewords are 0 to 63"),
+        (saved("db_codes.npy", lambda codes: 63 - codes), "of the codes of 64 images are the checkpoint's"),
+        (saved("db_targets.npy", lambda labels: labels[::-1]), "other labels than those of this data set"),
+        (lambda folder: (folder / "db_codes.npy").write_bytes(b"no array"), "db_codes.npy is not a readable .npy"),
+        (lambda folder: (folder / "model.cpt").write_bytes(b"no model"), "model.cpt is not a readable PyTorch state"),
+        (lambda folder: (folder / "model.cpt").unlink(), "model.cpt does not exist"),
+        (lambda folder: torch.save({"w": torch.ones(1)}, folder / "model.cpt"), "there are no codebooks"),
+    ],
+)
+def test_codes_and_checkpoints_that_do_not_fit_are_refused(change, words, whole_digits, tmp_path, capsys):
+    code, results = only_test(whole_digits, tmp_path, change)
+    assert code == 2
+    assert words in capsys.readouterr().err
+    assert not (results / "metrics.json").exists()
+
+
+@pytest.mark.parametrize("recipe", ["paper", "release"])
+def test_a_checkpoint_of_the_authors_release(recipe, tmp_path):
+    """Their keys, `vgg.*`, `projection.*`, `pq_layer._C`: MAP as by torchvision's network and plain scoring."""
+    vgg = torchvision.models.vgg16(weights=None).eval()
+    M, K, d = 2, 64, 4
+    projection, C = torch.nn.Linear(4096, M * d), F.normalize(torch.randn(M, K, d), dim=-1)
+    projection.weight.data *= 30  # random features differ little: let the codes differ all the same
+    state = {f"vgg.{key}": value for key, value in vgg.state_dict().items() if not key.startswith("classifier.6")}
+    state |= {f"projection.{key}": value for key, value in projection.state_dict().items()} | {"pq_layer._C": C}
+    torch.save(state, tmp_path / "model.cpt")
+    folder = small_run(
+        tmp_path, "--backbone", "vgg16", "--image_size", "32", "--limit", "60", "--M", "2", "--K", "64",
+        "--precision", "fp32", "--recipe", recipe, "--test_only", "--checkpoint", str(tmp_path / "model.cpt"),
+    )  # fmt: skip
+    splits = data.load_splits("Digits", "I", 2021, Path("none"), limit=60)
+    vgg.classifier = vgg.classifier[:6]
+    transform = data.test_transform(32)
+
+    @torch.inference_mode()
+    def embed(images):
+        return projection(vgg(torch.stack([transform(images.picture(i)) for i in range(60)]))).view(60, M, d)
+
+    db, query = embed(splits.database), embed(splits.query)
+    codes = torch.einsum("nmd,mkd->nmk", F.normalize(db, dim=-1), C).argmax(dim=-1)
+    agree = (codes.numpy() == np.load(folder / "db_codes.npy")).mean()
+    assert agree > 0.98  # float32 in another order: a tie may fall otherwise
+    codes = torch.from_numpy(np.load(folder / "db_codes.npy")).long()
+    decoded = torch.stack([C[m][codes[:, m]] for m in range(M)], dim=1)  # [n, M, d]
+    segments = F.normalize(query, dim=-1) if recipe == "paper" else query
+    scores = torch.einsum("qmd,nmd->qn", segments.double(), decoded.double())
+    hits = torch.from_numpy(splits.query.labels[:, None] == splits.database.labels[None])
+    order = scores.float().argsort(dim=1, descending=True, stable=True)
+    expected = retrieval.average_precision(hits.gather(1, order)[:, :20]).mean()
+    metrics = json.loads((folder / "metrics.json").read_text())
+    assert metrics["map"] == pytest.approx(float(expected), abs=2e-3)
+
+
+def test_finished_runs_are_skipped_and_others_protected(finished, tmp_path, capsys, monkeypatch):
+    shutil.copytree(finished, tmp_path, dirs_exist_ok=True)
+    metrics = tmp_path / "checkpoints" / "small" / "metrics.json"
+    before = metrics.read_bytes()
+    flags = [*SMALL, *LIVELY, "--output", str(tmp_path), "--notes", "small", "--skip_finished"]
+    assert main.main([*flags, "--num_workers", "1"]) == 0
+    assert "is finished: skipped" in capsys.readouterr().out
+    assert main.main([*flags, "--seed", "7", "--pairing", "all"]) == 2
+    assert "holds a run with seed=2021, pairing=own: give this one another" in capsys.readouterr().err
+    assert metrics.read_bytes() == before
+    metrics.write_text("{}")
+    assert main.main(flags) == 2
+    assert "is not the metrics.json of a run" in capsys.readouterr().err
+    metrics.unlink()
+    assert main.main(flags) == 0
+    assert json.loads(metrics.read_text())["map"] == json.loads(before)["map"]
+
+
 # ---------------------------------------------------------------- parts of a run
 
 
@@ -433,9 +567,9 @@ def test_early_stopping_keeps_the_best_model(tmp_path, monkeypatch):
     values = iter([0.3, 0.5, 0.4, 0.5, 0.9])
     original, first_calls = engine.test, []
 
-    def fake(model, splits, args):
+    def fake(model, *rest):
         first_calls.append(model.projection.weight.detach().clone())
-        metrics, codes = original(model, splits, args)
+        metrics, codes = original(model, *rest)
         if len(first_calls) <= 4:
             metrics.map = next(values)
         return metrics, codes

@@ -21,6 +21,7 @@ DEFAULTS = {
     "hp_lambda": 0, "codebooks": "trained", "pairing": "own", "debias_memory": True, "negative_bound": "dcl",
     "normalize_memory": True, "keep_lr_scaling": True, "normalize_query": True, "detect_anomaly": False,
     "memory": "none", "skip_bad_images": False,
+    "test_only": False, "checkpoint": None, "skip_finished": False,
 }  # fmt: skip
 
 
@@ -123,6 +124,7 @@ def test_defaults_that_depend_on_other_flags(capsys):
         "--alpha 0", "--momentum 1", "--trainable_layer_num 3", "--seed -1", "--seed 4294967296",
         "--M two", "--unknown 1", "--device cuda:00", "--batch_size 100000000000000000000",
         "--notes ../up", "--notes a/b", "--notes .", "--notes ", "--backbone convnet --weights imagenet",
+        "--test_only", "--checkpoint model.cpt", "--test_only --checkpoint model.cpt --weights imagenet",
         "--warmup_epoch_num -1", "--lr_scaling -1", "--mo debias",
     ],
 )  # fmt: skip

@@ -1,15 +1,24 @@
 """The tools that a user starts by hand, called in this process as `main(argv)` under `run_script`."""
 
+import csv
 import importlib.util
+import json
+import os
 import shutil
+import signal
+import subprocess
+import sys
+import time
 import zipfile
+from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import ROOT
+from conftest import GOLDEN, ROOT
 
 import data
 import lists
+import main
 from utils import run_script
 
 
@@ -225,3 +234,130 @@ def test_check_data_says_what_is_there_and_what_is_missing(photo_root, cifar10_r
     assert "90 named by the lists, 88 sound, 1 missing, 1 do not decode" in text
     assert f"{name} is missing" in text
     assert call("check_data", *roots, "--dataset", "CIFAR10") == 0
+
+
+# ---------------------------------------------------------------- run0001.sh ... run0024.sh
+
+
+@pytest.fixture
+def stub(tmp_path):
+    """An interpreter that writes down its arguments, one a line, and fails where --notes is Flickr32bits."""
+    path = tmp_path / "python"
+    path.write_text(
+        f"#!/bin/bash\n{{ flock 9; printf '%s\\n' \"$@\" --; }} 9>{tmp_path}/lock >>{tmp_path}/calls\n"
+        '[[ "$*" != *"Flickr32bits "* ]] || { echo "error: no data" >&2; exit 2; }\n'
+    )
+    path.chmod(0o755)
+    (tmp_path / "calls").touch()
+
+    def run(*command, cwd=ROOT):
+        environment = os.environ | {"MECOQ_PYTHON": str(path)}
+        result = subprocess.run(
+            ["bash", *command], cwd=cwd, env=environment, capture_output=True, text=True, check=False
+        )
+        calls = [call.split("\n")[1:-1] for call in (tmp_path / "calls").read_text().split("--\n")[:-1]]
+        return result, calls
+
+    return run
+
+
+def run_configs():
+    with (GOLDEN / "run_configs.csv").open() as file:
+        return list(csv.DictReader(file))
+
+
+@pytest.mark.parametrize("row", run_configs(), ids=lambda row: row["script"])
+def test_scripts_hold_the_published_flags_and_nothing_else(row, stub):
+    inside = int(row["M"]) == 4
+    script, cwd = (row["script"], ROOT / "scripts") if inside else (f"scripts/{row['script']}", ROOT)
+    result, calls = stub(script, "0", cwd=cwd)
+    assert result.returncode in (0, 2)  # the stub's
+    config = vars(main.resolve(main.build_parser().parse_args(calls[0])))
+    assert config["notes"] == row["notes"]
+    assert config["symmetric_distance"] == (row["symmetric_distance"] == "1")
+    for flag in ("dataset", "mode"):
+        assert config[flag] == row[flag]
+    if row["protocol"]:
+        assert config["protocol"] == row["protocol"]
+    for flag in ("trainable_layer_num", "M", "feat_dim", "queue_begin_epoch", "topK"):
+        assert config[flag] == int(row[flag])
+    for flag in ("T", "hp_beta", "hp_lambda", "pos_prior"):
+        assert config[flag] == float(row[flag])
+    same = ("notes", "dataset", "protocol", "trainable_layer_num", "M", "feat_dim", "T", "hp_beta", "hp_lambda", "mode",
+            "pos_prior", "queue_begin_epoch", "topK", "symmetric_distance", "device", "memory")  # fmt: skip
+    defaults = vars(main.resolve(main.build_parser().parse_args([])))
+    assert {k: v for k, v in config.items() if k not in same} == {k: v for k, v in defaults.items() if k not in same}
+    assert (config["device"], config["memory"]) == ("cuda:0", "soft")
+
+
+def test_there_is_a_script_for_each_row_and_no_other():
+    assert [path.name for path in sorted((ROOT / "scripts").glob("run[0-9]*.sh"))] == [
+        r["script"] for r in run_configs()
+    ]
+
+
+def test_further_flags_are_passed_on_and_win(stub):
+    _, calls = stub(
+        "scripts/run0015.sh", "3", "--recipe", "release", "--seed", "7", "--notes", "mine", "--hp_lambda", "0"
+    )
+    config = main.resolve(main.build_parser().parse_args(calls[0]))
+    assert (config.device, config.recipe, config.seed, config.notes) == ("cuda:3", "release", 7, "mine")
+    assert (config.hp_lambda, config.pairing) == (0, "all")
+    _, calls = stub("scripts/run0015.sh", "cpu")
+    assert main.resolve(main.build_parser().parse_args(calls[1])).device == "cpu"
+
+
+@pytest.mark.parametrize("arguments", [[], ["cuda"], ["--seed", "7"], ["0a"], [""]])
+def test_scripts_say_how_they_are_called(arguments, stub):
+    result, calls = stub("scripts/run0001.sh", *arguments)
+    assert (result.returncode, calls) == (2, [])
+    assert result.stderr.startswith("error: usage: ")
+    assert result.stderr.count("\n") == 1
+
+
+def test_a_script_really_starts_main():
+    environment = os.environ | {"MECOQ_PYTHON": sys.executable}
+    command = ["bash", "run0008.sh", "1", "--dry_run"]
+    result = subprocess.run(command, cwd=ROOT / "scripts", env=environment, capture_output=True, text=True, check=True)
+    config = json.loads(result.stdout)
+    assert (config["notes"], config["device"], config["symmetric_distance"]) == ("CifarI16bitsSymm", "cuda:1", True)
+
+
+# ---------------------------------------------------------------- run_all.sh
+
+
+def test_run_all_runs_each_script_once_and_reports_failures(stub):
+    result, calls = stub("scripts/run_all.sh", "0,2,cpu", "1-5,0009", "--recipe", "release")
+    configs = [main.resolve(main.build_parser().parse_args(call)) for call in calls]
+    rows = run_configs()
+    assert sorted(c.notes for c in configs) == sorted(rows[i - 1]["notes"] for i in (1, 2, 3, 4, 5, 9))
+    assert all(c.recipe == "release" and c.skip_finished for c in configs)
+    assert {c.device for c in configs} <= {"cuda:0", "cuda:2", "cpu"}
+    assert result.returncode == 1
+    assert "run0003.sh: error: no data" in result.stderr
+    assert result.stderr.rstrip().endswith("failed: run0003.sh")
+    result, calls = stub("scripts/run_all.sh", "1", "7-8")
+    assert result.returncode == 0
+    assert [main.resolve(main.build_parser().parse_args(call)).device for call in calls[-2:]] == ["cuda:1"] * 2
+
+
+@pytest.mark.parametrize("arguments", [[], ["0"], ["0", "x"], ["a", "1"], ["0", "1-"], ["0", "0"], ["0", "23-25"]])
+def test_run_all_refuses_what_it_can_not_run(arguments, stub):
+    result, calls = stub("scripts/run_all.sh", *arguments)
+    assert (result.returncode, calls) == (2, [])
+    assert result.stderr.count("\n") == 1
+
+
+def test_run_all_interrupted_ends_its_runs(stub, tmp_path):
+    (tmp_path / "python").write_text(f"#!/bin/bash\necho $$ >>{tmp_path}/pids\nexec sleep 60\n")
+    environment = os.environ | {"MECOQ_PYTHON": str(tmp_path / "python")}
+    process = subprocess.Popen(["bash", "scripts/run_all.sh", "0,1", "1-4"], cwd=ROOT, env=environment)
+    deadline = time.monotonic() + 30
+    while len((tmp_path / "pids").read_text().split() if (tmp_path / "pids").exists() else []) < 2:
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(timeout=20) == 130
+    pids = (tmp_path / "pids").read_text().split()
+    assert len(pids) == 2
+    assert not any(Path(f"/proc/{pid}").exists() for pid in pids)

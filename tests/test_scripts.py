@@ -361,3 +361,67 @@ def test_run_all_interrupted_ends_its_runs(stub, tmp_path):
     pids = (tmp_path / "pids").read_text().split()
     assert len(pids) == 2
     assert not any(Path(f"/proc/{pid}").exists() for pid in pids)
+
+
+# ---------------------------------------------------------------- compare_published
+
+
+def write_metrics(output, notes, value, flags, canonical=True):
+    config = vars(main.resolve(main.build_parser().parse_args(flags)))
+    folder = output / "checkpoints" / notes
+    folder.mkdir(parents=True)
+    metrics = {"map": value, "bits": config["M"] * 8, "canonical_data": canonical, "config": config}
+    (folder / "metrics.json").write_text(json.dumps(metrics))
+
+
+CIFAR_II_32 = ["--dataset", "CIFAR10", "--protocol", "II", "--M", "4"]
+
+
+def test_our_numbers_stand_beside_the_published_ones(tmp_path, capsys):
+    """Expected values are read off the published tables by hand."""
+    for seed, value in ((1, 0.64), (2, 0.65)):
+        write_metrics(tmp_path, f"seed{seed}", value, [*CIFAR_II_32, "--seed", str(seed)])
+    write_metrics(tmp_path, "own", 0.6, [*CIFAR_II_32, "--recipe", "release", "--pairing", "own", "--hp_lambda", "0.1"])
+    write_metrics(tmp_path / "b", "symm", 0.7, ["--dataset", "NUSWIDE", "--M", "2", "--symmetric_distance"], False)
+    write_metrics(tmp_path / "b", "digits", 0.9, ["--dataset", "Digits"])
+    log = tmp_path / "old-CifarI16bits.log"
+    log.write_text("epoch 0: avg loss=4.9\nval mAP=0.6\n2021-08-01 test mAP=0.681300\n")
+    assert call("compare_published", "--output", tmp_path, tmp_path / "b", "--logs", log) == 0
+    with (tmp_path / "checkpoints" / "compare_published.csv").open() as file:
+        rows = {(row["experiment"], row["setting"]): row for row in csv.DictReader(file)}
+    paper = rows["CifarII32bits", "paper"]
+    assert [float(paper[f"ours_{key}"]) for key in ("count", "mean", "min", "max")] == [2, 64.5, 64, 65]
+    assert (float(paper["paper"]), float(paper["minus_paper"])) == (64.09, 0.41)
+    assert float(paper["release_mean"]) == pytest.approx((64.0929 + 64.11 + 63.1728) / 3, abs=1e-3)
+    assert (float(paper["release_min"]), float(paper["release_max"])) == (63.1728, 64.11)
+    assert float(rows["CifarII32bits", "release, pairing=own, hp_lambda=0.1"]["ours_mean"]) == 60
+    symm = rows["Nuswide16bitsSymm", "paper (not comparable: not the published images)"]
+    assert (symm["paper"], float(symm["ours_mean"])) == ("", 70)
+    assert float(rows["CifarI16bits", "log"]["minus_paper"]) == pytest.approx(68.13 - 68.20)
+    assert len({experiment for experiment, _ in rows}) == 24
+    text = capsys.readouterr().out
+    assert (tmp_path / "checkpoints" / "compare_published.md").read_text() in text
+    line = next(line for line in text.splitlines() if "CifarII32bits " in line and "paper" in line)
+    assert [cell.strip() for cell in line.split("|")[3:6]] == ["2", "64.50 (64.00-65.00)", "64.09"]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "words"),
+    [
+        ("checkpoints/a/metrics.json", "{", "is not the metrics.json of a run"),
+        ("checkpoints/a/metrics.json", "[]", "is not the metrics.json of a run"),
+        ("checkpoints/a/metrics.json", '{"map": 1, "config": {}}', "is not the metrics.json of a run"),
+        ("mine.log", "test mAP=0.5", "does not say which experiment"),
+        ("CifarI16bits.log", "val mAP=0.5", "no line 'test mAP=...'"),
+        ("CifarI16bits.log", None, "not readable"),
+    ],
+)
+def test_results_that_can_not_be_compared_are_named(name, content, words, tmp_path, capsys):
+    path = tmp_path / name
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if content is not None:
+        path.write_text(content)
+    logs = ["--logs", path] if name.endswith(".log") else []
+    error = refused(capsys, "compare_published", "--output", tmp_path, *logs)
+    assert words in error
+    assert str(path) in error

@@ -7,7 +7,7 @@ import resource
 import sys
 import time
 from argparse import Namespace
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -24,7 +24,7 @@ import data
 import loss
 import retrieval
 from lists import ImageFiles
-from network import MeCoQ, read_state_dict
+from network import CodebookAttention, MeCoQ, read_state_dict
 from utils import (
     LOG,
     InputError,
@@ -222,7 +222,7 @@ def train(
         if not last and (epoch + 1) % args.eval_interval:
             continue
         with watch.measure("validate"), naming_checkpoint(files.model, patience):
-            value = test(model, splits, args)[0].map
+            value = validate(model, splits, args)
         history[-1]["val_mAP"] = value
         LOG.info("val mAP=%.6f", value)
         if writer:
@@ -270,7 +270,6 @@ def encode(model: MeCoQ, images: data.Images | ImageFiles, args: Namespace, hard
     return torch.cat(rows)
 
 
-@torch.inference_mode()
 def test(
     model: MeCoQ, splits: data.Splits, args: Namespace, db_codes: Tensor | None = None
 ) -> tuple[retrieval.Metrics, Tensor]:
@@ -279,7 +278,31 @@ def test(
     if db_codes is None:
         db_codes = encode(model, splits.database, args, hard=True)
     queries = encode(model, splits.query, args, hard=args.symmetric_distance)
-    codewords = model.quantizer.codewords()
+    labels = splits.query.labels, splits.database.labels
+    return measure(retrieval.evaluate, model.quantizer, queries, db_codes, *labels, args), db_codes
+
+
+def validate(model: MeCoQ, splits: data.Splits, args: Namespace) -> float:
+    """MAP@K, as `test` finds it."""
+    queries = encode(model, splits.query, args, hard=args.symmetric_distance)
+    db_codes = encode(model, splits.database, args, hard=True)
+    labels = splits.query.labels, splits.database.labels
+    return measure(retrieval.mean_average_precision, model.quantizer, queries, db_codes, *labels, args)
+
+
+@torch.inference_mode()
+def measure(
+    metric: Callable,
+    quantizer: CodebookAttention,
+    queries: Tensor,
+    db_codes: Tensor,
+    query_labels: np.ndarray,
+    db_labels: np.ndarray,
+    args: Namespace,
+) -> retrieval.Metrics | float:
+    """`retrieval.evaluate` or `retrieval.mean_average_precision` of embeddings (or codes) of queries and codes of the
+    database, with the similarity that the flags ask for, on the run's device."""
+    codewords = quantizer.codewords()
     if not codewords.isfinite().all():
         raise RunError("the codewords are not finite numbers: try a smaller --lr or a larger --T")
     if args.symmetric_distance:
@@ -287,16 +310,15 @@ def test(
     else:
         tables = partial(retrieval.lookup_tables, normalize_query=args.normalize_query)
     with progress_bar(None, "rank queries", total=len(queries)) as bar:
-        metrics = retrieval.evaluate(
+        return metric(
             lambda part: tables(part, codewords),
             queries.to(args.device),
             db_codes.to(args.device),
-            torch.from_numpy(splits.query.labels).to(args.device),
-            torch.from_numpy(splits.database.labels).to(args.device),
+            torch.from_numpy(query_labels).to(args.device),
+            torch.from_numpy(db_labels).to(args.device),
             args.topK,
             on_chunk=bar.update,
         )
-    return metrics, db_codes
 
 
 test.__test__ = False  # not a pytest function

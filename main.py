@@ -294,6 +294,27 @@ def check_device(device: str) -> None:
 # ---------------------------------------------------------------- the run
 
 
+def build(args: Namespace) -> tuple[data.Splits, MeCoQ]:
+    """Data and model of a run, the same whenever the seed is. Raises InputError where either can not be had."""
+    seed_everything(args.seed)
+    splits = data.load_splits(
+        args.dataset,
+        args.protocol,
+        args.seed,
+        Path(args.data_root),
+        Path(args.list_root),
+        download_cifar10=args.download_cifar10,
+        limit=args.limit,
+        skip_bad_images=args.skip_bad_images,
+        num_workers=args.num_workers,
+    )
+    sizes = len(splits.train), len(splits.query), len(splits.database)
+    LOG.info("%d training images, %d queries, %d in the database", *sizes)
+    weights = "random" if args.test_only else args.weights
+    backbone = build_backbone(args.backbone, weights, args.trainable_layer_num, args.precision == "bf16")
+    return splits, build_model(backbone, args).to(args.device)
+
+
 def build_model(backbone: Backbone, args: Namespace) -> MeCoQ:
     queue_size = None if args.memory == "none" else args.queue_size
     trained_codebooks = args.codebooks == "trained"
@@ -319,23 +340,7 @@ def run(args: Namespace) -> None:
             args.precision = "fp32"
         LOG.info(recipe_line(args))
         LOG.info("configuration: %s", json.dumps(vars(args)))
-        seed_everything(args.seed)
-        splits = data.load_splits(
-            args.dataset,
-            args.protocol,
-            args.seed,
-            Path(args.data_root),
-            Path(args.list_root),
-            download_cifar10=args.download_cifar10,
-            limit=args.limit,
-            skip_bad_images=args.skip_bad_images,
-            num_workers=args.num_workers,
-        )
-        sizes = len(splits.train), len(splits.query), len(splits.database)
-        LOG.info("%d training images, %d queries, %d in the database", *sizes)
-        weights = "random" if args.test_only else args.weights
-        backbone = build_backbone(args.backbone, weights, args.trainable_layer_num, args.precision == "bf16")
-        model = build_model(backbone, args).to(args.device)
+        splits, model = build(args)
         if args.test_only:
             load_checkpoint(model, Path(args.checkpoint))
             engine.run_test(model, splits, args, files)

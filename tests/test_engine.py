@@ -565,23 +565,18 @@ def test_similarity_weighs_the_querys_segments_or_does_not(normalize, monkeypatc
 
 def test_early_stopping_keeps_the_best_model(tmp_path, monkeypatch):
     values = iter([0.3, 0.5, 0.4, 0.5, 0.9])
-    original, first_calls = engine.test, []
-
-    def fake(model, *rest):
-        first_calls.append(model.projection.weight.detach().clone())
-        metrics, codes = original(model, *rest)
-        if len(first_calls) <= 4:
-            metrics.map = next(values)
-        return metrics, codes
-
-    monkeypatch.setattr(engine, "test", fake)
+    original, seen = engine.test, []
+    remember = lambda model: seen.append(model.projection.weight.detach().clone())  # noqa: E731
+    monkeypatch.setattr(engine, "validate", lambda model, *rest: remember(model) or next(values))
+    monkeypatch.setattr(engine, "test", lambda model, *rest: remember(model) or original(model, *rest))
     folder = small_run(tmp_path, "--epoch_num", "9", "--monitor_counter", "2")
     metrics = json.loads((folder / "metrics.json").read_text())
     assert [h["val_mAP"] for h in metrics["history"]] == [0.3, 0.5, 0.4, 0.5]
     assert metrics["best_epoch"] == 1
     best = torch.load(folder / "model.cpt", weights_only=True)["projection.weight"]
-    assert torch.equal(best, first_calls[1])
-    assert torch.equal(first_calls[4], first_calls[1])  # the test uses the best model, not the last
+    assert torch.equal(best, seen[1])
+    assert len(seen) == 5
+    assert torch.equal(seen[4], seen[1])  # the test uses the best model, not the last
 
 
 def test_non_finite_loss_stops_the_run_and_names_the_last_good_checkpoint(tmp_path, monkeypatch, capsys):

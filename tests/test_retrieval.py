@@ -54,6 +54,7 @@ def test_metrics_against_brute_force_with_many_ties(Q, n, M, multi_label, seed, 
     expected_map, recall, precision = brute_force(scores, relevant, topK or n)
     ours = retrieval.evaluate(given, tables, codes.to(torch.uint8), *labels, topK)
     assert ours.map == pytest.approx(expected_map, abs=1e-12)
+    assert retrieval.mean_average_precision(given, tables, codes.to(torch.uint8), *labels, topK) == ours.map
     np.testing.assert_allclose(ours.pr, [recall, precision], atol=1e-12)
     cut = min(topK or n, n)
     np.testing.assert_allclose(ours.p_at_k, [np.arange(1, cut + 1), precision[:cut]], atol=1e-12)
@@ -105,6 +106,14 @@ def test_symmetric_similarity_is_that_of_both_reconstructions():
     decode = lambda codes: torch.cat([codewords[m][codes[:, m].long()] for m in range(3)], dim=1)  # noqa: E731
     ours = retrieval.aqs_scores(retrieval.symmetric_tables(query_codes, codewords), db_codes)
     torch.testing.assert_close(ours, decode(query_codes) @ decode(db_codes).T)
+
+
+@settings(deadline=None)
+@for_all(st.lists(st.floats(width=32, allow_nan=False), min_size=1, max_size=40), st.data())
+def test_first_are_the_highest_scores_in_database_order(scores, draw):
+    K = draw.draw(st.integers(1, len(scores)))
+    expected = sorted(range(len(scores)), key=lambda i: (-scores[i], i))[:K]
+    assert retrieval.first(torch.tensor([scores]), K).tolist() == [expected]
 
 
 def test_codes_of_two_bytes():

@@ -193,15 +193,22 @@ def train_epoch(
 
 
 def train(
-    model: MeCoQ, splits: data.Splits, args: Namespace, files: Files, watch: Stopwatch, writer: SummaryWriter | None
+    model: MeCoQ,
+    loader: DataLoader,
+    validation: Callable[[], float],
+    args: Namespace,
+    files: Files,
+    watch: Stopwatch,
+    writer: SummaryWriter | None,
 ) -> list[dict]:
     """Train with early stopping; the best model by validation MAP is left in `model.cpt`. Returns the history.
 
+    Args:
+        loader: see `data.train_loader`.
+        validation: gives the MAP that picks the checkpoint, of the model as it stands.
+
     Raises RunError on a non-finite loss, naming epoch, step and the last good checkpoint.
     """
-    loader = data.train_loader(
-        splits, args.image_size, args.batch_size, args.num_workers, args.seed, args.device != "cpu"
-    )
     optimizer = build_optimizer(model, args)
     scheduler = build_scheduler(optimizer, args, len(loader))
     patience = Patience(args.monitor_counter)
@@ -222,7 +229,7 @@ def train(
         if not last and (epoch + 1) % args.eval_interval:
             continue
         with watch.measure("validate"), naming_checkpoint(files.model, patience):
-            value = validate(model, splits, args)
+            value = validation()
         history[-1]["val_mAP"] = value
         LOG.info("val mAP=%.6f", value)
         if writer:
@@ -278,16 +285,14 @@ def test(
     if db_codes is None:
         db_codes = encode(model, splits.database, args, hard=True)
     queries = encode(model, splits.query, args, hard=args.symmetric_distance)
-    labels = splits.query.labels, splits.database.labels
-    return measure(retrieval.evaluate, model.quantizer, queries, db_codes, *labels, args), db_codes
+    return measure(retrieval.evaluate, model.quantizer, queries, db_codes, splits, args), db_codes
 
 
 def validate(model: MeCoQ, splits: data.Splits, args: Namespace) -> float:
     """MAP@K, as `test` finds it."""
     queries = encode(model, splits.query, args, hard=args.symmetric_distance)
     db_codes = encode(model, splits.database, args, hard=True)
-    labels = splits.query.labels, splits.database.labels
-    return measure(retrieval.mean_average_precision, model.quantizer, queries, db_codes, *labels, args)
+    return measure(retrieval.mean_average_precision, model.quantizer, queries, db_codes, splits, args)
 
 
 @torch.inference_mode()
@@ -296,12 +301,11 @@ def measure(
     quantizer: CodebookAttention,
     queries: Tensor,
     db_codes: Tensor,
-    query_labels: np.ndarray,
-    db_labels: np.ndarray,
+    splits: data.Splits,
     args: Namespace,
 ) -> retrieval.Metrics | float:
-    """`retrieval.evaluate` or `retrieval.mean_average_precision` of embeddings (or codes) of queries and codes of the
-    database, with the similarity that the flags ask for, on the run's device."""
+    """`retrieval.evaluate` or `retrieval.mean_average_precision` of embeddings (or codes) of the queries and codes of
+    the database, with the similarity that the flags ask for, on the run's device."""
     codewords = quantizer.codewords()
     if not codewords.isfinite().all():
         raise RunError("the codewords are not finite numbers: try a smaller --lr or a larger --T")
@@ -314,8 +318,8 @@ def measure(
             lambda part: tables(part, codewords),
             queries.to(args.device),
             db_codes.to(args.device),
-            torch.from_numpy(query_labels).to(args.device),
-            torch.from_numpy(db_labels).to(args.device),
+            torch.from_numpy(splits.query.labels).to(args.device),
+            torch.from_numpy(splits.database.labels).to(args.device),
             args.topK,
             on_chunk=bar.update,
         )
@@ -332,8 +336,11 @@ def run(model: MeCoQ, splits: data.Splits, args: Namespace, files: Files) -> dic
     watch = Stopwatch()
     write_json(files.checkpoints / "config.json", vars(args))
     writer = None if args.disable_writer else SummaryWriter(str(files.tensorboard))
+    loader = data.train_loader(
+        splits, args.image_size, args.batch_size, args.num_workers, args.seed, args.device != "cpu"
+    )
     try:
-        history = train(model, splits, args, files, watch, writer)
+        history = train(model, loader, lambda: validate(model, splits, args), args, files, watch, writer)
     finally:
         if writer:
             writer.close()
@@ -429,6 +436,17 @@ def report(
     return results
 
 
+def read_metrics(path: Path) -> dict:
+    """A run's `metrics.json`. Raises InputError where it is none."""
+    try:
+        metrics = json.loads(path.read_text(encoding="utf-8"))
+        if isinstance(metrics["config"], dict) and isinstance(metrics["map"], float):
+            return metrics
+    except (ValueError, KeyError, TypeError, OSError):
+        pass
+    raise InputError(f"{path} is not the metrics.json of a run: move it away")
+
+
 # flags that say where and how a run goes, not what comes out
 NEUTRAL = {"data_root", "device", "disable_writer", "download_cifar10", "list_root", "notes", "num_workers", "output",
            "skip_finished"}  # fmt: skip
@@ -442,11 +460,8 @@ def is_finished(files: Files, args: Namespace) -> bool:
     path = files.checkpoints / "metrics.json"
     if not path.exists():
         return False
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))["config"]
-        others = [flag for flag, value in vars(args).items() if flag not in NEUTRAL and config.get(flag) != value]
-    except (ValueError, KeyError, AttributeError, TypeError, OSError) as error:
-        raise InputError(f"{path} is not the metrics.json of a run ({one_line(error)}): move it away") from error
+    config = read_metrics(path)["config"]
+    others = [flag for flag, value in vars(args).items() if flag not in NEUTRAL and config.get(flag) != value]
     if others:
         values = ", ".join(f"{flag}={config.get(flag)}" for flag in others)
         raise InputError(f"{files.checkpoints} holds a run with {values}: give this one another --output or --notes")

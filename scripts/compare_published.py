@@ -8,13 +8,13 @@ Reads checkpoints/*/metrics.json below each --output folder, and log files: the 
 beside the first folder's checkpoints. MAP in percent; a spread is the lowest and the highest value.
 """
 
-import json
 import re
 import sys
 from argparse import Namespace
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import engine
 from main import departures
 from utils import InputError, Parser, atomic_write, one_line, run_script
 
@@ -46,19 +46,19 @@ def published() -> "pd.DataFrame":
     return table.rename_axis("experiment")
 
 
-def read_metrics(path: Path) -> dict | None:
+def read_run(path: Path) -> dict | None:
     """Experiment, setting and MAP of a run of ours; None where nothing was published for its like."""
+    metrics = engine.read_metrics(path)
+    config = Namespace(**metrics["config"])
     try:
-        metrics = json.loads(path.read_text(encoding="utf-8"))
-        config = Namespace(**metrics["config"])
         protocol = config.protocol if config.dataset == "CIFAR10" else ""
         if (config.dataset, protocol) not in NAMES:
             return None
         name = NAMES[config.dataset, protocol][0]
         experiment = f"{name}{metrics['bits']}bits{'Symm' if config.symmetric_distance else ''}"
         return {"experiment": experiment, "setting": setting(config, metrics), "map": 100 * float(metrics["map"])}
-    except (ValueError, KeyError, TypeError, AttributeError, OSError) as error:
-        raise InputError(f"{path} is not the metrics.json of a run ({one_line(error)}): move it away") from error
+    except (KeyError, AttributeError) as error:
+        raise InputError(f"{path} is the metrics.json of another version ({one_line(error)}): move it away") from error
 
 
 def setting(config: Namespace, metrics: dict) -> str:
@@ -120,7 +120,7 @@ def main(argv: list[str] | None = None) -> None:
     if pd is None:
         raise InputError("pandas and tabulate are needed: pip install -r requirements-extra.txt")
     paths = [path for output in args.output for path in sorted(output.glob("checkpoints/*/metrics.json"))]
-    runs = [run for run in map(read_metrics, paths) if run] + [read_log(path) for path in args.logs]
+    runs = [run for run in map(read_run, paths) if run] + [read_log(path) for path in args.logs]
     table = compare(runs)
     unpublished = {run["experiment"] for run in runs} - set(table["experiment"])
     if unpublished:

@@ -1,0 +1,116 @@
+"""What if nothing in front of the projection learns? Features of views and test images, computed once, shared by runs.
+
+A run draws its views from its seed alone. Where the backbone is frozen and has no dropout, the features of those
+views are therefore the same whatever the loss, the quantizer or the memory: kept on disk, they make a run of minutes
+out of seconds.
+"""
+
+import hashlib
+import json
+from argparse import Namespace
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+import data
+import engine
+import retrieval
+from network import Backbone, MeCoQ
+from utils import InputError, atomic_write, progress_bar, write_json
+
+KEY = ("dataset", "protocol", "seed", "limit", "backbone", "image_size", "precision")  # what the features depend on
+
+
+def build_bank(folder: Path, splits: data.Splits, backbone: Backbone, args: Namespace) -> None:
+    """Compute what is not in `folder` yet: `epoch000.npy` ... `[2, n, F]`, both views of the training images in the
+    order in which that epoch takes them, `query.npy` and `database.npy` `[n, F]`; all float32.
+
+    Raises InputError where the backbone is not frozen, or the folder is of other data or another backbone.
+    """
+    if backbone.split < len(backbone.blocks) or any(isinstance(m, nn.Dropout) and m.p for m in backbone.modules()):
+        raise InputError(f"--backbone {args.backbone}: a feature bank needs one without trained blocks and dropout")
+    key = {flag: getattr(args, flag) for flag in KEY} | {"sha256": _fingerprint(splits, backbone)}
+    _claim(folder, key)
+    backbone.eval()
+    loader = data.train_loader(splits, args.image_size, args.batch_size, args.num_workers, args.seed)
+    for epoch in range(args.epoch_num):
+        if not _path(folder, epoch).exists():
+            loader.batch_sampler.epoch = epoch
+            pairs = [
+                torch.stack([backbone(view.to(args.device)) for view in views]).cpu()
+                for views in progress_bar(loader, f"features of epoch {epoch}'s views")
+            ]
+            _save(_path(folder, epoch), torch.cat(pairs, dim=1))
+    for name in ("query", "database"):
+        if not (folder / f"{name}.npy").exists():
+            images = data.test_loader(getattr(splits, name), args.image_size, args.batch_size, args.num_workers)
+            bar = progress_bar(images, f"features of the {name}")
+            _save(folder / f"{name}.npy", torch.cat([backbone(batch.to(args.device)).cpu() for batch in bar]))
+
+
+def _fingerprint(splits: data.Splits, backbone: Backbone) -> str:
+    """Of the backbone's weights and the splits' labels."""
+    digest = hashlib.sha256()
+    for tensor in backbone.state_dict().values():
+        digest.update(tensor.cpu().contiguous().numpy().tobytes())
+    for images in (splits.train, splits.query, splits.database):
+        digest.update(np.ascontiguousarray(images.labels).tobytes())
+    return digest.hexdigest()
+
+
+def _claim(folder: Path, key: dict) -> None:
+    path = folder / "key.json"
+    folder.mkdir(parents=True, exist_ok=True)
+    if not path.exists():
+        if any(folder.iterdir()):
+            raise InputError(f"{folder} is not empty and no feature bank: name another folder")
+        write_json(path, key)
+    elif path.read_text(encoding="utf-8") != json.dumps(key, indent=2) + "\n":
+        raise InputError(f"{folder} is the feature bank of other data, flags or weights: name another folder")
+
+
+def _path(folder: Path, epoch: int) -> Path:
+    return folder / f"epoch{epoch:03d}.npy"
+
+
+def _save(path: Path, features: Tensor) -> None:
+    with atomic_write(path) as file:
+        np.save(file, features.numpy(), allow_pickle=False)
+
+
+class BankedViews:
+    """Both views' features batch by batch, as `data.train_loader` gives the views; `batch_sampler.epoch` says whose."""
+
+    def __init__(self, folder: Path, n: int, batch_size: int) -> None:
+        self.folder, self.n, self.batch_size = folder, n, batch_size
+        self.batch_sampler = Namespace(epoch=0)
+
+    def __len__(self) -> int:
+        return -(-self.n // self.batch_size)
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        views = torch.from_numpy(engine.read_array(_path(self.folder, self.batch_sampler.epoch)))  # [2, n, F]
+        return zip(*(view.split(self.batch_size) for view in views), strict=True)
+
+
+def train_on_bank(folder: Path, splits: data.Splits, model: MeCoQ, args: Namespace, output: Path) -> list[dict]:
+    """Train `model` without its backbone on the features in `folder`; returns the history, whose highest `val_mAP` is
+    the MAP of the run. Files of the run go below `output`."""
+    model.backbone = nn.Identity()
+    query, database = (torch.from_numpy(engine.read_array(folder / f"{name}.npy")) for name in ("query", "database"))
+
+    @torch.inference_mode()
+    def validation() -> float:
+        model.eval()
+        z = model(query.to(args.device))
+        queries = model.quantizer.hard_codes(z) if args.symmetric_distance else z
+        db_codes = model.quantizer.hard_codes(model(database.to(args.device)))
+        return engine.measure(retrieval.mean_average_precision, model.quantizer, queries, db_codes, splits, args)
+
+    views = BankedViews(folder, len(splits.train), args.batch_size)
+    files = engine.Files(output, args.notes)
+    files.checkpoints.mkdir(parents=True, exist_ok=True)
+    return engine.train(model, views, validation, args, files, engine.Stopwatch(), None)

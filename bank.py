@@ -19,6 +19,7 @@ import data
 import engine
 import retrieval
 from network import Backbone, MeCoQ
+from results import Files, read_array
 from utils import InputError, atomic_write, progress_bar, write_json
 
 KEY = ("dataset", "protocol", "seed", "limit", "backbone", "image_size", "precision")  # what the features depend on
@@ -92,7 +93,7 @@ class BankedViews:
         return -(-self.n // self.batch_size)
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
-        views = torch.from_numpy(engine.read_array(_path(self.folder, self.batch_sampler.epoch)))  # [2, n, F]
+        views = torch.from_numpy(read_array(_path(self.folder, self.batch_sampler.epoch)))  # [2, n, F]
         return zip(*(view.split(self.batch_size) for view in views), strict=True)
 
 
@@ -100,7 +101,7 @@ def train_on_bank(folder: Path, splits: data.Splits, model: MeCoQ, args: Namespa
     """Train `model` without its backbone on the features in `folder`; returns the history, whose highest `val_mAP` is
     the MAP of the run. Files of the run go below `output`."""
     model.backbone = nn.Identity()
-    query, database = (torch.from_numpy(engine.read_array(folder / f"{name}.npy")) for name in ("query", "database"))
+    query, database = (torch.from_numpy(read_array(folder / f"{name}.npy")) for name in ("query", "database"))
 
     @torch.inference_mode()
     def validation() -> float:
@@ -111,6 +112,6 @@ def train_on_bank(folder: Path, splits: data.Splits, model: MeCoQ, args: Namespa
         return engine.measure(retrieval.mean_average_precision, model.quantizer, queries, db_codes, splits, args)
 
     views = BankedViews(folder, len(splits.train), args.batch_size)
-    files = engine.Files(output, args.notes)
+    files = Files(output, args.notes)
     files.checkpoints.mkdir(parents=True, exist_ok=True)
     return engine.train(model, views, validation, args, files, engine.Stopwatch(), None)

@@ -16,6 +16,7 @@ import torch
 import data
 import engine
 from network import BACKBONES, Backbone, MeCoQ, build_backbone, load_checkpoint
+from results import Files, code_bits, is_finished
 from utils import LOG, InputError, Parser, RunError, check_writable, logging_to, one_line, run_script, seed_everything
 
 # how PyTorch words it on a GPU, on a CPU, and where the shared memory of its workers is full
@@ -219,7 +220,7 @@ def resolve(args: Namespace) -> Namespace:
             args.notes = "test"
     if args.notes is None:
         protocol = args.protocol if args.dataset == "CIFAR10" else ""
-        args.notes = f"{args.dataset}{protocol}{engine.code_bits(args)}bits"
+        args.notes = f"{args.dataset}{protocol}{code_bits(args)}bits"
     return args
 
 
@@ -326,8 +327,8 @@ def run(args: Namespace) -> None:
     check_device(args.device)
     if args.device != "cpu":
         torch.cuda.set_device(args.device)
-    files = engine.Files(Path(args.output), args.notes)
-    if args.skip_finished and engine.is_finished(files, args):
+    files = Files(Path(args.output), args.notes)
+    if args.skip_finished and is_finished(files, args):
         print(f"{files.checkpoints} is finished: skipped")
         return
     if args.test_only and files.checkpoints.resolve() == Path(args.checkpoint).resolve().parent:

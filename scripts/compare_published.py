@@ -14,8 +14,8 @@ from argparse import Namespace
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-import engine
 from main import departures
+from results import read_metrics
 from utils import InputError, Parser, atomic_write, one_line, run_script
 
 try:
@@ -48,7 +48,7 @@ def published() -> "pd.DataFrame":
 
 def read_run(path: Path) -> dict | None:
     """Experiment, setting and MAP of a run of ours; None where nothing was published for its like."""
-    metrics = engine.read_metrics(path)
+    metrics = read_metrics(path)
     config = Namespace(**metrics["config"])
     try:
         protocol = config.protocol if config.dataset == "CIFAR10" else ""

@@ -15,9 +15,9 @@ from argparse import Namespace
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-import engine
 import main as program
 from bank import build_bank, train_on_bank
+from results import read_metrics
 from utils import InputError, Parser, atomic_write, progress_bar, run_script, write_json
 
 try:
@@ -51,7 +51,7 @@ def cell(name: str, options: Namespace, bank: Path) -> dict:
     """Train one setting with one seed on the features of its views, unless that was done before."""
     path = bank / "cells" / f"{options.notes}.json"
     if path.exists():
-        result = engine.read_metrics(path)
+        result = read_metrics(path)
         if result["config"] == vars(options):
             return result
         raise InputError(f"{path} was made with other flags: name another --bank")

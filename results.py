@@ -1,0 +1,133 @@
+"""What does a run leave? Its files, and how they are read again."""
+
+import json
+import math
+import platform
+import resource
+import sys
+from argparse import Namespace
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import torchvision
+from torch import Tensor, nn
+
+from retrieval import Metrics
+from utils import InputError, atomic_write, one_line
+
+
+@dataclass
+class Files:
+    """Where a run writes: `logs/<notes>.log`, `logs/<notes>/` and `checkpoints/<notes>/` below the output folder."""
+
+    output: Path
+    notes: str
+
+    @property
+    def log(self) -> Path:
+        return self.output / "logs" / f"{self.notes}.log"
+
+    @property
+    def tensorboard(self) -> Path:
+        return self.output / "logs" / self.notes
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.output / "checkpoints" / self.notes
+
+    @property
+    def model(self) -> Path:
+        return self.checkpoints / "model.cpt"
+
+
+def save_model(model: nn.Module, path: Path) -> None:
+    with atomic_write(path) as file:
+        torch.save({name: tensor.cpu() for name, tensor in model.state_dict().items()}, file)  # readable without a GPU
+
+
+def save_results(metrics: Metrics, db_codes: Tensor, db_labels: np.ndarray, args: Namespace, files: Files) -> None:
+    """`db_codes.npy` (uint8 for K <= 256, else uint16), `db_targets.npy` and the two curves, two rows each."""
+    codes = db_codes.numpy().astype(np.uint8 if args.K <= 256 else np.uint16)
+    for name, array in (("db_codes.npy", codes), ("db_targets.npy", db_labels)):
+        with atomic_write(files.checkpoints / name) as file:
+            np.save(file, array, allow_pickle=False)
+    for name, curve in (("PR_curve.txt", metrics.pr), ("P_at_topK_curve.txt", metrics.p_at_k)):
+        with atomic_write(files.checkpoints / name) as file:
+            np.savetxt(file, curve.numpy())
+
+
+def read_array(path: Path) -> np.ndarray:
+    try:
+        array = np.load(path, allow_pickle=False)
+    except (OSError, ValueError, EOFError) as error:
+        raise InputError(f"{path} is not a readable .npy file ({one_line(error)}): move it away") from error
+    if not isinstance(array, np.ndarray):
+        raise InputError(f"{path} is not a .npy file but an archive of them: move it away")
+    return array
+
+
+def read_metrics(path: Path) -> dict:
+    """A run's `metrics.json`. Raises InputError where it is none."""
+    try:
+        metrics = json.loads(path.read_text(encoding="utf-8"))
+        if isinstance(metrics["config"], dict) and isinstance(metrics["map"], float):
+            return metrics
+    except (ValueError, KeyError, TypeError, OSError):
+        pass
+    raise InputError(f"{path} is not the metrics.json of a run: move it away")
+
+
+# flags that say where and how a run goes, not what comes out
+NEUTRAL = {"data_root", "device", "disable_writer", "download_cifar10", "list_root", "notes", "num_workers", "output",
+           "skip_finished"}  # fmt: skip
+
+
+def is_finished(files: Files, args: Namespace) -> bool:
+    """Whether the folder of this run holds the results of the same flags.
+
+    Raises InputError where it holds those of others: they must not be mistaken for these, nor lost.
+    """
+    path = files.checkpoints / "metrics.json"
+    if not path.exists():
+        return False
+    config = read_metrics(path)["config"]
+    others = [flag for flag, value in vars(args).items() if flag not in NEUTRAL and config.get(flag) != value]
+    if others:
+        values = ", ".join(f"{flag}={config.get(flag)}" for flag in others)
+        raise InputError(f"{files.checkpoints} holds a run with {values}: give this one another --output or --notes")
+    return True
+
+
+def code_bits(args: Namespace) -> int:
+    """Bits of an image's code: M log2 K."""
+    return round(args.M * math.log2(args.K))
+
+
+# ---------------------------------------------------------------- where it ran
+
+
+def peak_memory(device: str) -> dict[str, float | None]:
+    """Most memory ever held, in MiB: by this process, by its largest worker, and by tensors on the GPU."""
+    unit = 2**20 if sys.platform == "darwin" else 2**10  # ru_maxrss is in bytes there, in KiB on Linux
+    process, worker = (
+        resource.getrusage(who).ru_maxrss / unit for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)
+    )
+    gpu = torch.cuda.max_memory_allocated(device) / 2**20 if device.startswith("cuda") else None
+    return {"process": process, "largest_worker": worker, "gpu": gpu}
+
+
+def device_name(device: str) -> str:
+    if device.startswith("cuda"):
+        return torch.cuda.get_device_name(device)
+    return f"cpu ({platform.processor() or platform.machine()}, {torch.get_num_threads()} threads)"
+
+
+def versions() -> dict[str, str]:
+    return {
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "torchvision": torchvision.__version__,
+        "numpy": np.__version__,
+    }

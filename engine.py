@@ -29,7 +29,7 @@ from results import (
     save_results,
     versions,
 )
-from utils import LOG, InputError, Patience, RunError, learning_rate, progress_bar, write_json
+from utils import LOG, InputError, Patience, RunError, learning_rate, one_line, progress_bar, write_json
 
 
 class Stopwatch:
@@ -219,7 +219,7 @@ def naming_checkpoint(path: Path, patience: Patience) -> Iterator[None]:
         yield
     except RunError as error:
         best = f"{path} (val mAP={patience.best:.6f})" if patience.best >= 0 else "none was saved yet"
-        raise RunError(f"{error}; last good checkpoint: {best}") from None
+        raise RunError(f"{one_line(error)}; last good checkpoint: {best}") from None
 
 
 # ---------------------------------------------------------------- testing

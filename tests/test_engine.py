@@ -599,6 +599,23 @@ def test_non_finite_loss_stops_the_run_and_names_the_last_good_checkpoint(tmp_pa
     assert all(v.isfinite().all() for v in state.values())
 
 
+@pytest.mark.parametrize("workers", ["0", "2"])
+def test_an_image_that_turns_unreadable_ends_the_run_in_one_line(workers, photo_root, tmp_path, monkeypatch, capsys):
+    shutil.copytree(photo_root, tmp_path, dirs_exist_ok=True)
+    monkeypatch.setattr(data, "find_bad_images", lambda *a: {})  # it was sound when the run began
+    train = data.load_nuswide(tmp_path / "datasets", tmp_path / "data").train
+    bad = train.root / train.names[9]
+    bad.write_bytes(bad.read_bytes()[:200])
+    flags = ["--dataset", "NUSWIDE", "--data_root", str(tmp_path / "datasets"), "--list_root", str(tmp_path / "data")]
+    flags += ["--limit", "1000", "--num_workers", workers, "--output", str(tmp_path / "out")]
+    assert main.main([*SMALL, *flags]) == 1
+    error = capsys.readouterr().err.strip()
+    assert error.startswith(f"error: {bad} became unreadable during the run")
+    assert error.endswith("last good checkpoint: none was saved yet")
+    assert "\n" not in error
+    assert "Traceback" not in error
+
+
 def test_broken_weights_are_not_tested():
     args = args_of()
     model, splits = model_of(args), data.load_splits("Digits", "I", 1, Path("none"), limit=5)

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import GOLDEN, ROOT
+from conftest import ROOT
 
 import data
 import lists
@@ -262,7 +262,7 @@ def stub(tmp_path):
 
 
 def run_configs():
-    with (GOLDEN / "run_configs.csv").open() as file:
+    with (ROOT / "tests" / "golden" / "run_configs.csv").open() as file:
         return list(csv.DictReader(file))
 
 

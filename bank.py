@@ -18,6 +18,7 @@ from torch import Tensor, nn
 import data
 import engine
 import retrieval
+from lists import ImageFiles
 from network import Backbone, MeCoQ
 from results import Files, read_array
 from utils import InputError, atomic_write, progress_bar, write_json
@@ -53,12 +54,16 @@ def build_bank(folder: Path, splits: data.Splits, backbone: Backbone, args: Name
 
 
 def _fingerprint(splits: data.Splits, backbone: Backbone) -> str:
-    """Of the backbone's weights and the splits' labels."""
+    """Of the backbone's weights and the splits' images: their pixels, or the names and sizes of their files."""
     digest = hashlib.sha256()
     for tensor in backbone.state_dict().values():
         digest.update(tensor.cpu().contiguous().numpy().tobytes())
     for images in (splits.train, splits.query, splits.database):
-        digest.update(np.ascontiguousarray(images.labels).tobytes())
+        if isinstance(images, ImageFiles):
+            sizes = [(images.root / name).stat().st_size for name in images.names]
+            digest.update(json.dumps([images.names.tolist(), sizes]).encode())
+        else:
+            digest.update(np.ascontiguousarray(images.pixels).tobytes())
     return digest.hexdigest()
 
 

@@ -278,12 +278,17 @@ def _spread(images: Images | ImageFiles, limit: int) -> Images | ImageFiles:
     return images.subset(np.linspace(0, len(images), min(limit, len(images)), endpoint=False).astype(int))
 
 
+def look_at_images(splits: Splits, num_workers: int) -> tuple[np.ndarray, dict[str, str]]:
+    """The names of all image files of the splits, and of the bad ones what is wrong with them."""
+    names = np.unique(np.concatenate([splits.train.names, splits.query.names, splits.database.names]))
+    return names, find_bad_images(splits.database.root, names, worker_count(num_workers))
+
+
 def _only_sound(splits: Splits, skip_bad_images: bool, num_workers: int) -> Splits:
     """The splits without the images that are missing or do not decode; InputError where there are any and none may
     be skipped."""
     root = splits.database.root
-    names = np.unique(np.concatenate([splits.train.names, splits.query.names, splits.database.names]))
-    bad = find_bad_images(root, names, worker_count(num_workers))
+    names, bad = look_at_images(splits, num_workers)
     if not bad:
         return splits
     named = [f"{root / name} {fault}" for name, fault in bad.items()]

@@ -1,8 +1,11 @@
 """Which image files, with which labels? The split lists of Flickr25K and NUS-WIDE, and the images they name."""
 
 import re
+import warnings
 import zipfile
 import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
@@ -11,7 +14,7 @@ import torch
 from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 
-from utils import InputError, RunError, atomic_write, one_line, progress_bar
+from utils import InputError, RunError, atomic_write, check_writable, one_line, progress_bar
 
 FLICKR25K_CONCEPTS, NUSWIDE_CONCEPTS = 24, 21
 
@@ -31,7 +34,7 @@ class ImageFiles:
         """Raises RunError naming the file where it can no longer be read: it could when the run began."""
         path = self.root / self.names[index]
         try:
-            with Image.open(path) as image:
+            with _opened(path) as image:
                 return image.convert("RGB")
         except Exception as error:  # a damaged image can raise nearly anything
             raise RunError(f"{path} became unreadable during the run ({one_line(error)})") from error
@@ -49,7 +52,7 @@ def read_flickr25k(folder: Path, root: Path) -> ImageFiles:
     Raises InputError naming file and line of what is wrong.
     """
     names_path, labels_path = folder / "img.txt", folder / "targets.txt"
-    names, labels = _lines(names_path, "prepare_flickr25k.py"), _lines(labels_path, "prepare_flickr25k.py")
+    names, labels = (read_lines(path, "prepare_flickr25k.py") for path in (names_path, labels_path))
     if len(names) != len(labels):
         raise InputError(f"{names_path} has {len(names)} lines but {labels_path} {len(labels)}: one of them is cut off")
     rows = [_labels(line.split(), FLICKR25K_CONCEPTS, f"{labels_path}:{i}") for i, line in enumerate(labels, start=1)]
@@ -61,14 +64,16 @@ def read_nuswide(path: Path, root: Path) -> ImageFiles:
 
     Raises InputError naming file and line of what is wrong.
     """
-    fields = [line.split() for line in _lines(path, "prepare_nuswide.py")]
+    fields = [line.split() for line in read_lines(path, "prepare_nuswide.py")]
     rows = [_labels(row[1:], NUSWIDE_CONCEPTS, f"{path}:{i}") for i, row in enumerate(fields, start=1)]
     return ImageFiles(root, _names([row[0] for row in fields], path), np.array(rows, dtype=np.uint8))
 
 
-def _lines(path: Path, script: str) -> list[str]:
+def read_lines(path: Path, script: str) -> list[str]:
+    """The lines of a list. Raises InputError where it is missing (naming the script that makes it), empty, has an empty
+    line or is no text."""
     try:
-        lines = path.read_text(encoding="utf-8").rstrip().split("\n")
+        lines = path.read_text(encoding="utf-8-sig").rstrip().split("\n")
     except FileNotFoundError:
         raise InputError(f"{path} is missing: scripts/{script} makes it from the annotations of its makers") from None
     except (OSError, UnicodeDecodeError) as error:
@@ -121,12 +126,19 @@ def read_texts(source: Path, pattern: str) -> dict[str, str]:
         raise InputError(f"{source} is not a readable zip archive of annotations ({one_line(error)})") from error
 
 
-def write_lists(folder: Path, contents: dict[str, list[str]], force: bool) -> None:
-    """Write text files of one line an entry. Raises InputError where one is there already, unless `force`."""
-    there = [str(folder / name) for name in contents if (folder / name).exists()]
+def claim_folder(folder: Path, names: list[str], force: bool) -> None:
+    """Make the folder that lists of these names will go to. Raises InputError where one is there already, unless
+    `force`, or where none could be written."""
+    there = [str(folder / name) for name in names if (folder / name).exists()]
     if there and not force:
         raise InputError(f"{', '.join(there)}: there already; --force writes over it")
-    folder.mkdir(parents=True, exist_ok=True)
+    if any(Path(path).is_dir() for path in there):
+        raise InputError(f"{folder}: a folder stands where a list should go")
+    check_writable(folder)
+
+
+def write_lists(folder: Path, contents: dict[str, list[str]]) -> None:
+    """Write text files of one line an entry."""
     for name, lines in contents.items():
         with atomic_write(folder / name, "w") as file:
             file.writelines(f"{line}\n" for line in lines)
@@ -135,10 +147,19 @@ def write_lists(folder: Path, contents: dict[str, list[str]], force: bool) -> No
 # ---------------------------------------------------------------- images
 
 
+@contextmanager
+def _opened(path: Path) -> Iterator[Image.Image]:
+    """An image file. Pillow refuses bombs; its warning about merely large ones is no news to the user."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+        with Image.open(path) as image:
+            yield image
+
+
 def image_fault(path: Path) -> str:
     """What is wrong with an image file; empty where it decodes."""
     try:
-        with Image.open(path) as image:
+        with _opened(path) as image:
             image.draft("RGB", (1, 1))  # JPEG at an eighth of its size: cheaper, and damage shows all the same
             image.load()
     except FileNotFoundError:

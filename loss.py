@@ -16,7 +16,8 @@ def log_negative_term(
     log_positive: Tensor,
     T: float,
     pos_prior: float,
-    corrected: int | None = None,
+    n_batch: int | None = None,
+    debias_memory: bool = True,
     bound: str = "dcl",
 ) -> Tensor:
     """Logarithm of the debiased negative term of Eq. 7 and 13 (Chuang et al. 2020), `[B]`.
@@ -30,8 +31,9 @@ def log_negative_term(
         log_negatives: `[B, n]`, s-_j / tau; -inf where a column is no negative of that row, the same number
             in every row.
         log_positive: `[B]`, s+ / tau; or `[B, 1]`, which pairs each positive with every row of negatives: `[B, B]`.
-        corrected: the n of the correction, all negatives by default; the released code leaves the memory's out.
-        bound: "dcl", as above, or "release": exp(-n / tau) with the n of the correction, practically 0.
+        n_batch: how many of the n are of the batch, not of the memory; all by default.
+        debias_memory: False: the n of the correction is `n_batch`, as in the released code.
+        bound: "dcl", as above, or "release": exp(-n_batch / tau), practically 0.
     """
     n = int((log_negatives[:1] > -math.inf).sum())
     if n == 0:
@@ -39,13 +41,14 @@ def log_negative_term(
     total = log_negatives.logsumexp(dim=1)
     if pos_prior == 0:
         return total
-    corrected = n if corrected is None else corrected
+    n_batch = n if n_batch is None else n_batch
+    corrected = n if debias_memory else n_batch
     # log(e^a - e^b) = a + log(1 - e^(b-a)); where b >= a there is none, and the bound below takes over
     gap = math.log(corrected * pos_prior) + log_positive - total if corrected else torch.full_like(total, -math.inf)
     least = -torch.finfo(gap.dtype).eps
     difference = total + torch.log(-torch.expm1(gap.clamp(max=least)))  # clamped: a finite gradient everywhere
     debiased = torch.where(gap < least, difference, -math.inf) - math.log1p(-pos_prior)
-    return debiased.clamp(min=math.log(n) - 1 / T if bound == "dcl" else -corrected / T)
+    return debiased.clamp(min=math.log(n) - 1 / T if bound == "dcl" else -n_batch / T)
 
 
 def contrastive_loss(
@@ -87,8 +90,8 @@ def contrastive_loss(
         log_negatives = torch.cat([log_negatives, queries @ memory.T / T], dim=1)
     if pairing == "all":
         log_positive = log_positive[:, None]  # [2N, 1]: against [2N] negative terms, a table
-    corrected = None if debias_memory else len(queries) - 2
-    log_negative = log_negative_term(log_negatives, log_positive, T, pos_prior, corrected, negative_bound)
+    n_batch = len(queries) - 2
+    log_negative = log_negative_term(log_negatives, log_positive, T, pos_prior, n_batch, debias_memory, negative_bound)
     return (torch.logaddexp(log_positive, log_negative) - log_positive).mean()
 
 

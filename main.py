@@ -144,9 +144,9 @@ def _add_loss_flags(group: argparse._ArgumentGroup) -> None:
     add("--normalize_memory", action=BooleanOptionalAction,
         help="compare the memory's vectors by their cosine, like the batch's; the released code leaves them their "
         "length [recipe]")
-    add("--memory", choices=["soft", "hard", "feature", "none"], default="soft",
+    add("--memory", choices=["soft", "hard", "feature", "none"],
         help="what the memory keeps: soft codes, hard codes, or the embeddings before quantization, Table 2 "
-        "(default: %(default)s; none without --queue_begin_epoch)")
+        "(default: soft; none without --queue_begin_epoch)")
     add("--queue_begin_epoch", type=int, default=-1,
         help="first epoch (from 0) that uses the code memory, Eq. 12-13; -1: never (default: %(default)s)")
     add("--queue_size", type=int, default=384,
@@ -210,6 +210,9 @@ def resolve(args: Namespace) -> Namespace:
     check(args)
     if args.device == "cuda":
         args.device = "cuda:0"
+    if args.memory not in (None, "none") and args.queue_begin_epoch == -1:
+        raise InputError(f"--memory {args.memory}: say from which epoch on, with --queue_begin_epoch")
+    args.memory = args.memory or "soft"
     if args.memory == "none" or args.queue_begin_epoch == -1:
         args.memory, args.queue_begin_epoch = "none", -1
     if args.mode == "simple":
@@ -298,6 +301,8 @@ def check_device(device: str) -> None:
 def build(args: Namespace) -> tuple[data.Splits, MeCoQ]:
     """Data and model of a run, the same whenever the seed is. Raises InputError where either can not be had."""
     seed_everything(args.seed)
+    # what is wrong with a file of weights is said before a long look at the data; a download comes after it
+    model = None if args.weights == "imagenet" else build_model(args)
     splits = data.load_splits(
         args.dataset,
         args.protocol,
@@ -311,12 +316,20 @@ def build(args: Namespace) -> tuple[data.Splits, MeCoQ]:
     )
     sizes = len(splits.train), len(splits.query), len(splits.database)
     LOG.info("%d training images, %d queries, %d in the database", *sizes)
+    return splits, model or build_model(args)
+
+
+def build_model(args: Namespace) -> MeCoQ:
+    """The model that the flags describe, on its device; with `--test_only` it is the checkpoint's."""
     weights = "random" if args.test_only else args.weights
     backbone = build_backbone(args.backbone, weights, args.trainable_layer_num, args.precision == "bf16")
-    return splits, build_model(backbone, args).to(args.device)
+    model = assemble(backbone, args)
+    if args.test_only:
+        load_checkpoint(model, Path(args.checkpoint))
+    return model.to(args.device)
 
 
-def build_model(backbone: Backbone, args: Namespace) -> MeCoQ:
+def assemble(backbone: Backbone, args: Namespace) -> MeCoQ:
     queue_size = None if args.memory == "none" else args.queue_size
     trained_codebooks = args.codebooks == "trained"
     return MeCoQ(backbone, args.feat_dim, args.M, args.K, args.alpha, queue_size, args.memory, trained_codebooks)
@@ -327,23 +340,23 @@ def run(args: Namespace) -> None:
     check_device(args.device)
     if args.device != "cpu":
         torch.cuda.set_device(args.device)
+    no_bf16 = args.precision == "bf16" and args.device != "cpu" and not torch.cuda.is_bf16_supported(False)
+    args.precision = "fp32" if no_bf16 else args.precision
     files = Files(Path(args.output), args.notes)
     if args.skip_finished and is_finished(files, args):
         print(f"{files.checkpoints} is finished: skipped")
         return
-    if args.test_only and files.checkpoints.resolve() == Path(args.checkpoint).resolve().parent:
-        raise InputError(f"--notes {args.notes}: the results would replace those beside --checkpoint; choose others")
+    if args.test_only and files.model.exists():
+        raise InputError(f"--notes {args.notes}: {files.checkpoints} holds a trained model; choose another name")
     for folder in (files.checkpoints, files.log.parent if args.disable_writer else files.tensorboard):
         check_writable(folder)
     with logging_to(files.log):
-        if args.precision == "bf16" and args.device != "cpu" and not torch.cuda.is_bf16_supported(False):
-            LOG.warning("WARNING: this GPU has no bfloat16: running with --precision fp32")
-            args.precision = "fp32"
         LOG.info(recipe_line(args))
         LOG.info("configuration: %s", json.dumps(vars(args)))
+        if no_bf16:
+            LOG.warning("WARNING: this GPU has no bfloat16: running with --precision fp32")
         splits, model = build(args)
         if args.test_only:
-            load_checkpoint(model, Path(args.checkpoint))
             engine.run_test(model, splits, args, files)
         else:
             engine.run(model, splits, args, files)

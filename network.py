@@ -164,7 +164,7 @@ def read_state_dict(path: Path, flag: str) -> dict[str, Tensor]:
         if isinstance(error, pickle.UnpicklingError):  # torch would advise to switch the safety off
             reason = "damaged, or it holds more than tensors: save model.state_dict()"
         raise InputError(f"{flag}: {path} is not a readable PyTorch state dict ({reason})") from error
-    if not isinstance(state, dict) or not all(isinstance(v, Tensor) for v in state.values()):
+    if not isinstance(state, dict) or not all(isinstance(k, str) and isinstance(v, Tensor) for k, v in state.items()):
         raise InputError(f"{flag}: {path} is not a state dict (names -> tensors)")
     return state
 

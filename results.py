@@ -1,10 +1,12 @@
 """What does a run leave? Its files, and how they are read again."""
 
+import hashlib
 import json
 import math
 import platform
 import resource
 import sys
+import zipfile
 from argparse import Namespace
 from dataclasses import dataclass
 from pathlib import Path
@@ -61,7 +63,7 @@ def save_results(metrics: Metrics, db_codes: Tensor, db_labels: np.ndarray, args
 def read_array(path: Path) -> np.ndarray:
     try:
         array = np.load(path, allow_pickle=False)
-    except (OSError, ValueError, EOFError) as error:
+    except (OSError, ValueError, EOFError, MemoryError, zipfile.BadZipFile) as error:
         raise InputError(f"{path} is not a readable .npy file ({one_line(error)}): move it away") from error
     if not isinstance(array, np.ndarray):
         raise InputError(f"{path} is not a .npy file but an archive of them: move it away")
@@ -74,30 +76,36 @@ def read_metrics(path: Path) -> dict:
         metrics = json.loads(path.read_text(encoding="utf-8"))
         if isinstance(metrics["config"], dict) and isinstance(metrics["map"], float):
             return metrics
-    except (ValueError, KeyError, TypeError, OSError):
+    except (ValueError, KeyError, TypeError, RecursionError, OSError):
         pass
     raise InputError(f"{path} is not the metrics.json of a run: move it away")
 
 
 # flags that say where and how a run goes, not what comes out
-NEUTRAL = {"data_root", "device", "disable_writer", "download_cifar10", "list_root", "notes", "num_workers", "output",
-           "skip_finished"}  # fmt: skip
+NEUTRAL = {"device", "disable_writer", "download_cifar10", "notes", "num_workers", "output", "skip_finished"}
 
 
 def is_finished(files: Files, args: Namespace) -> bool:
-    """Whether the folder of this run holds the results of the same flags.
+    """Whether the folder of this run holds the results of the same flags, and of the model that is there now.
 
-    Raises InputError where it holds those of others: they must not be mistaken for these, nor lost.
+    Raises InputError where it holds those of other flags: they must not be mistaken for these, nor lost.
     """
     path = files.checkpoints / "metrics.json"
     if not path.exists():
         return False
-    config = read_metrics(path)["config"]
+    metrics = read_metrics(path)
+    config = metrics["config"]
     others = [flag for flag, value in vars(args).items() if flag not in NEUTRAL and config.get(flag) != value]
     if others:
         values = ", ".join(f"{flag}={config.get(flag)}" for flag in others)
         raise InputError(f"{files.checkpoints} holds a run with {values}: give this one another --output or --notes")
-    return True
+    model = Path(args.checkpoint) if args.test_only else files.model
+    return model.exists() and metrics.get("model_sha256") == sha256(model)
+
+
+def sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def code_bits(args: Namespace) -> int:

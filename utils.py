@@ -127,7 +127,7 @@ def logging_to(path: Path) -> Iterator[None]:
     try:
         handlers = [_LogThroughTqdm(sys.stdout), logging.FileHandler(path, encoding="utf-8")]
     except OSError as error:
-        raise InputError(f"--output: cannot write to {path}: {error.strerror}; name another folder") from error
+        raise InputError(f"cannot write to {path}: {error.strerror}; name another folder") from error
     LOG.setLevel(logging.INFO)
     LOG.propagate = False
     for handler in handlers:
@@ -181,4 +181,4 @@ def check_writable(folder: Path) -> None:
         with tempfile.TemporaryFile(dir=folder):
             pass
     except OSError as error:
-        raise InputError(f"--output: cannot write to {folder}: {error.strerror}; name another folder") from error
+        raise InputError(f"cannot write to {folder}: {error.strerror}; name another folder") from error

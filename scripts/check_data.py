@@ -15,7 +15,7 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import data
-from lists import ImageFiles, find_bad_images
+from lists import ImageFiles, read_lines
 from utils import InputError, Parser, one_line, run_script
 
 CIFAR10_CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
@@ -30,7 +30,6 @@ def histogram(labels: np.ndarray, concepts: list[str]) -> str:
 def check(dataset: str, args: Namespace) -> bool:
     """Print what there is to say of one data set; whether it is sound."""
     print(f"{dataset}:")
-    concepts = list(CIFAR10_CLASSES)
     try:
         if dataset == "CIFAR10":
             splits = data.load_cifar10(args.data_root, "I", args.seed, download=False)
@@ -38,14 +37,20 @@ def check(dataset: str, args: Namespace) -> bool:
             splits = data.load_flickr25k(args.data_root, args.list_root, args.seed)
         else:
             splits = data.load_nuswide(args.data_root, args.list_root)
+        return describe(dataset, splits, args)
     except InputError as error:
         print(f"  not usable: {one_line(error)}")
         return False
+
+
+def describe(dataset: str, splits: data.Splits, args: Namespace) -> bool:
+    """Print the sizes and labels of its splits, and which image files are bad; whether none is."""
+    concepts = list(CIFAR10_CLASSES)
     parts = {"training images": splits.train, "queries": splits.query, "in the database": splits.database}
     print("  " + ", ".join(f"{len(images)} {name}" for name, images in parts.items()))
     if isinstance(splits.database, ImageFiles):
         path = args.list_root / {"Flickr25K": "Flickr25k", "NUSWIDE": "Nuswide"}[dataset] / "concepts.txt"
-        concepts = path.read_text(encoding="utf-8").split() if path.exists() else []
+        concepts = read_lines(path, "prepare_*.py") if path.exists() else []
     for name, images in parts.items():
         print(f"  labels of the {name.removeprefix('in the ')}: {histogram(images.labels, concepts)}")
     print(f"  the published files: {'yes, by their checksums or counts' if splits.canonical else 'no'}")
@@ -54,8 +59,7 @@ def check(dataset: str, args: Namespace) -> bool:
 
 def images_are_sound(splits: data.Splits, num_workers: int) -> bool:
     root = splits.database.root
-    names = np.unique(np.concatenate([splits.train.names, splits.query.names, splits.database.names]))
-    bad = find_bad_images(root, names, data.worker_count(num_workers))
+    names, bad = data.look_at_images(splits, num_workers)
     missing = sum(fault == "is missing" for fault in bad.values())
     print(
         f"  image files in {root}: {len(names)} named by the lists, {len(names) - len(bad)} sound, {missing} missing, "

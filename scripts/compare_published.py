@@ -4,19 +4,21 @@
 python scripts/compare_published.py [--output DIR ...] [--logs FILE ...]
 
 Reads checkpoints/*/metrics.json below each --output folder, and log files: the authors' or ours, told by their names
-(CifarII32bits.log). Runs of one experiment and setting are averaged. Prints a table, and writes it as Markdown and CSV
+(CifarII32bits.log). Runs of one experiment and setting, that is of the same flags but for seed and machine, are
+averaged; what is not as in the experiment's script is named in the setting. Prints a table, and writes it as Markdown and CSV
 beside the first folder's checkpoints. MAP in percent; a spread is the lowest and the highest value.
 """
 
 import re
 import sys
 from argparse import Namespace
+from functools import cache
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from main import departures
-from results import read_metrics
-from utils import InputError, Parser, atomic_write, one_line, run_script
+from main import build_parser, resolve
+from results import NEUTRAL, read_metrics
+from utils import InputError, Parser, atomic_write, check_writable, one_line, run_script
 
 try:
     import pandas as pd
@@ -56,18 +58,33 @@ def read_run(path: Path) -> dict | None:
             return None
         name = NAMES[config.dataset, protocol][0]
         experiment = f"{name}{metrics['bits']}bits{'Symm' if config.symmetric_distance else ''}"
-        return {"experiment": experiment, "setting": setting(config, metrics), "map": 100 * float(metrics["map"])}
-    except (KeyError, AttributeError) as error:
+        return {"experiment": experiment, "setting": setting(experiment, metrics), "map": 100 * metrics["map"]}
+    except (KeyError, AttributeError, TypeError) as error:
         raise InputError(f"{path} is the metrics.json of another version ({one_line(error)}): move it away") from error
 
 
-def setting(config: Namespace, metrics: dict) -> str:
-    """The recipe, which of its flags are not its own, and what makes a run not comparable."""
-    parts = [config.recipe, *(f"{flag}={value}" for flag, value in departures(config).items())]
-    usual = {"backbone": "vgg16", "image_size": 224, "limit": None, "K": 256}
-    odd = [f"{flag} {getattr(config, flag)}" for flag, value in usual.items() if getattr(config, flag) != value]
-    odd += [] if metrics["canonical_data"] else ["not the published images"]
-    return ", ".join(parts) + (f" (not comparable: {', '.join(odd)})" if odd else "")
+def setting(experiment: str, metrics: dict) -> str:
+    """The recipe, and every flag that its script and recipe would have set otherwise."""
+    config = metrics["config"]
+    script = vars(resolve(build_parser().parse_args([*script_flags(experiment), "--recipe", config["recipe"]])))
+    others = [
+        f"{flag}={config.get(flag)}"
+        for flag, value in script.items()
+        if flag not in NEUTRAL | {"seed", "data_root", "list_root"} and config.get(flag) != value
+    ]
+    others += [] if metrics["canonical_data"] else ["not the published images"]
+    return ", ".join([config["recipe"], *others])
+
+
+@cache
+def script_flags(experiment: str) -> list[str]:
+    """The flags of the experiment's script."""
+    configs = pd.read_csv(PUBLISHED / "run_configs.csv", dtype=str, keep_default_na=False).set_index("notes")
+    if experiment not in configs.index:
+        return []
+    row = configs.loc[experiment].drop("script")
+    symmetric = ["--symmetric_distance"] if row.pop("symmetric_distance") == "1" else []
+    return [part for flag, value in row.items() if value for part in (f"--{flag}", value)] + symmetric
 
 
 def read_log(path: Path) -> dict:
@@ -119,14 +136,14 @@ def main(argv: list[str] | None = None) -> None:
     args = parser.parse_args(argv)
     if pd is None:
         raise InputError("pandas and tabulate are needed: pip install -r requirements-extra.txt")
+    folder = args.output[0] / "checkpoints"
+    check_writable(folder)
     paths = [path for output in args.output for path in sorted(output.glob("checkpoints/*/metrics.json"))]
     runs = [run for run in map(read_run, paths) if run] + [read_log(path) for path in args.logs]
     table = compare(runs)
     unpublished = {run["experiment"] for run in runs} - set(table["experiment"])
     if unpublished:
         print(f"nothing was published for {', '.join(sorted(unpublished))}", file=sys.stderr)
-    folder = args.output[0] / "checkpoints"
-    folder.mkdir(parents=True, exist_ok=True)
     text = markdown(table)
     with atomic_write(folder / "compare_published.md", "w") as file:
         file.write(text + "\n")

@@ -18,7 +18,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import main as program
 from bank import build_bank, train_on_bank
 from results import read_metrics
-from utils import InputError, Parser, atomic_write, progress_bar, run_script, write_json
+from utils import InputError, Parser, atomic_write, check_writable, progress_bar, run_script, write_json
 
 try:
     import pandas as pd
@@ -82,14 +82,21 @@ def main(argv: list[str] | None = None) -> None:
     args, flags = parser.parse_known_args(argv)
     if pd is None:
         raise InputError("pandas and tabulate are needed: pip install -r requirements-extra.txt")
-    chosen = settings(program.build_parser().parse_args(flags).hp_lambda or program.DIFFERENCES["hp_lambda"][1])
+    given = program.build_parser().parse_args(flags)
+    own = [flag for flag in program.DIFFERENCES if flag != "hp_lambda" and getattr(given, flag) is not None]
+    if own or given.recipe != "paper":
+        raise InputError(f"--{own[0] if own else 'recipe'}: this script sets the recipes and their flags itself")
+    if given.hp_lambda == 0 or given.epoch_num < 1:
+        raise InputError("--hp_lambda and --epoch_num must be more than 0 here")
+    chosen = settings(program.DIFFERENCES["hp_lambda"][1] if given.hp_lambda is None else given.hp_lambda)
     runs = [
         (name, resolve(flags, seed, name, recipe, change))
         for seed in args.seeds
         for name, (recipe, change) in chosen.items()
     ]
+    program.check_device(runs[0][1].device)
     for folder in (args.results, args.bank / "cells"):
-        folder.mkdir(parents=True, exist_ok=True)
+        check_writable(folder)
     results = []
     bar = progress_bar(runs, "settings and seeds")
     for name, options in bar:

@@ -7,13 +7,14 @@ The labels are the 24 potential ones (animals.txt ... water.txt, a list of image
 in _r1, the relevant labels, are not used. Images im1.jpg ... im25000.jpg stay in this order.
 """
 
+import re
 import sys
 from pathlib import Path
 
 import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from lists import read_texts, write_lists
+from lists import claim_folder, read_texts, write_lists
 from utils import InputError, Parser, run_script
 
 CONCEPTS = (
@@ -24,7 +25,7 @@ CONCEPTS = (
 
 def read_labels(source: Path, count: int) -> np.ndarray:
     """`[count, 24]` zeros and ones. Raises InputError naming file and line of what is wrong."""
-    texts = read_texts(source, f"({'|'.join(CONCEPTS)}).txt")
+    texts = read_texts(source, rf"({'|'.join(CONCEPTS)})\.txt")
     missing = [concept for concept in CONCEPTS if f"{concept}.txt" not in texts]
     if missing:
         raise InputError(f"{source}: {len(missing)} of the 24 label files are not in it: {', '.join(missing)}")
@@ -35,7 +36,7 @@ def read_labels(source: Path, count: int) -> np.ndarray:
             if not number:
                 continue
             place = f"{source}, {concept}.txt:{i}"
-            if not (number.isascii() and number.isdecimal() and 1 <= int(number[:9]) <= count):
+            if not (re.fullmatch(r"[0-9]{1,9}", number) and 1 <= int(number) <= count):
                 raise InputError(f"{place}: {number[:20]!r} is no image number from 1 to {count}")
             if labels[int(number) - 1, column]:
                 raise InputError(f"{place}: image {number} stands there twice")
@@ -52,15 +53,16 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--count", type=int, default=25000, help="images of the data set (default: %(default)s)")
     parser.add_argument("--force", action="store_true", help="write over lists that are there")
     args = parser.parse_args(argv)
-    if args.count < 1:
-        raise InputError(f"--count {args.count}: must be at least 1")
+    if not 1 <= args.count <= 10**7:
+        raise InputError(f"--count {args.count}: must be from 1 to ten million")
+    claim_folder(args.output, ["img.txt", "targets.txt", "concepts.txt"], args.force)
     labels = read_labels(args.annotations, args.count)
     contents = {
         "img.txt": [f"im{number}.jpg" for number in range(1, args.count + 1)],
         "targets.txt": [" ".join(map(str, row)) for row in labels.tolist()],
         "concepts.txt": list(CONCEPTS),
     }
-    write_lists(args.output, contents, args.force)
+    write_lists(args.output, contents)
     print(
         f"{args.count} images in {args.output}, {(~labels.any(axis=1)).sum()} of them without a label; images a label:"
     )

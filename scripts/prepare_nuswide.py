@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from lists import NUSWIDE_CONCEPTS, read_texts, write_lists
+from lists import NUSWIDE_CONCEPTS, claim_folder, read_texts, write_lists
 from utils import InputError, Parser, run_script
 
 COUNT, KEPT = 269648, 195834  # images of NUS-WIDE, and those with one of the 21 concepts
@@ -77,6 +77,7 @@ def main(argv: list[str] | None = None) -> None:
         raise InputError(f"--queries {args.queries}: must be at least 1")
     if not 0 <= args.seed < 2**32:
         raise InputError(f"--seed {args.seed}: must be from 0 to 2^32 - 1")
+    claim_folder(args.output, ["train.txt", "database.txt", "test.txt", "concepts.txt"], args.force)
     names = read_names(args.imagelist, args.count)
     concepts, labels = read_concepts(args.groundtruth, args.count)
     kept = np.flatnonzero(labels.any(axis=1))
@@ -86,7 +87,7 @@ def main(argv: list[str] | None = None) -> None:
     query = draw_queries(labels[kept], args.queries, args.seed)
     rest = lines[~query].tolist()
     contents = {"test.txt": lines[query].tolist(), "train.txt": rest, "database.txt": rest, "concepts.txt": concepts}
-    write_lists(args.output, contents, args.force)
+    write_lists(args.output, contents)
     print(f"{query.sum()} queries and {len(rest)} others in {args.output}; images a concept:")
     print(", ".join(f"{concept} {n}" for concept, n in zip(concepts, labels.sum(axis=0, dtype=int), strict=True)))
 

@@ -4,49 +4,64 @@
 #   bash scripts/run_all.sh 0,0,1 7,9,13-18 --recipe release --output runs/release    # two at a time on GPU 0
 # Further flags go to every run. What is finished with the same flags is skipped; the exit code is 1 if one failed.
 set -euo pipefail
-usage="error: usage: bash $0 GPUS SCRIPTS [flags of main.py], e.g. bash $0 0,1 1-6,9 (GPUS may be cpu)"
-[[ "${1:-}" =~ ^(cpu|[0-9]+)(,(cpu|[0-9]+))*$ && "${2:-}" =~ ^[0-9]+(-[0-9]+)?(,[0-9]+(-[0-9]+)?)*$ ]] || {
-    echo "$usage" >&2
+refuse() {
+    echo "error: $1" >&2
     exit 2
 }
+[[ "${1:-}" =~ ^(cpu|[0-9]+)(,(cpu|[0-9]+))*$ && "${2:-}" =~ ^[0-9]+(-[0-9]+)?(,[0-9]+(-[0-9]+)?)*$ ]] ||
+    refuse "usage: bash $0 GPUS SCRIPTS [flags of main.py], e.g. bash $0 0,1 1-6,9 (GPUS may be cpu)"
 IFS=, read -ra gpus <<<"$1"
 IFS=, read -ra ranges <<<"$2"
 shift 2
-source "$(dirname "${BASH_SOURCE[0]}")/venv.sh" requirements.txt
-MECOQ_PYTHON=$python
-[[ "$python" != .venv/* ]] || MECOQ_PYTHON=$PWD/$python
-export MECOQ_PYTHON
-
+for flag in "$@"; do
+    [[ "$flag" != --notes && "$flag" != --notes=* ]] || refuse "--notes: every run has its own; name another --output"
+done
 scripts=()
 for range in "${ranges[@]}"; do
     for ((number = 10#${range%-*}; number <= 10#${range#*-}; number++)); do
-        script=$(printf 'scripts/run%04d.sh' "$number")
-        [ -f "$script" ] || { echo "error: there is no $script" >&2; exit 2; }
-        scripts+=("$script")
+        name=$(printf 'run%04d.sh' "$number")
+        [ -f "$(dirname "${BASH_SOURCE[0]}")/$name" ] || refuse "there is no $name"
+        scripts+=("$name")
     done
 done
+[ "${#scripts[@]}" -gt 0 ] || refuse "there is no script in ${ranges[*]}"
+source "$(dirname "${BASH_SOURCE[0]}")/venv.sh" requirements.txt
+[[ "$python" != .venv/* ]] || python=$PWD/$python
+export MECOQ_PYTHON=$python
 
-queue=$(mktemp -d) # run0001.sh there: taken; run0001.sh.failed: failed
+queue=$(mktemp -d) # a folder run0001.sh: taken; run0001.sh/done: finished
 work() {
-    local gpu=$1 script name code
-    for script in "${scripts[@]}"; do
-        name=$(basename "$script")
+    local gpu=$1 name
+    trap 'exit 130' INT TERM # bash would go on with the next
+    for name in "${scripts[@]}"; do
         mkdir "$queue/$name" 2>/dev/null || continue
         echo "$(date '+%F %T') $gpu: $name"
-        code=0
-        bash "$script" "$gpu" --skip_finished "${@:2}" >/dev/null 2> >(sed "s/^/$name: /" >&2) || code=$?
-        echo "$(date '+%F %T') $gpu: $name ended with exit code $code"
-        [ "$code" = 0 ] || touch "$queue/$name.failed"
+        if bash "scripts/$name" "$gpu" --skip_finished "${@:2}" 2>&1 >/dev/null | sed "s/^/$name: /" >&2; then
+            touch "$queue/$name/done"
+            echo "$(date '+%F %T') $gpu: $name is finished"
+        else
+            echo "$(date '+%F %T') $gpu: $name failed"
+        fi
     done
 }
 set -m # a process group for each worker, so that an interrupt ends its run too
 workers=()
-trap 'for worker in "${workers[@]}"; do kill -INT -- "-$worker" 2>/dev/null || true; done; wait; rm -r "$queue"; exit 130' INT TERM
+stop() {
+    trap '' INT TERM
+    for worker in "${workers[@]}"; do kill -TERM -- "-$worker" 2>/dev/null || true; done
+    wait
+    rm -r "$queue"
+    exit 130
+}
+trap stop INT TERM
 for gpu in "${gpus[@]}"; do
     work "$gpu" "$@" &
     workers+=($!)
 done
 wait
-failed=$(cd "$queue" && ls -d -- *.failed 2>/dev/null | tr '\n' ' ' | sed 's/\.failed//g') || true
+failed=()
+for name in "${scripts[@]}"; do
+    [ -e "$queue/$name/done" ] || failed+=("$name")
+done
 rm -r "$queue"
-[ -z "$failed" ] || { echo "failed: $failed" >&2; exit 1; }
+[ "${#failed[@]}" -eq 0 ] || { echo "failed: ${failed[*]}" >&2; exit 1; }

@@ -52,7 +52,7 @@ def args_of(*flags):
 def model_of(args):
     torch.manual_seed(0)
     backbone = build_backbone(args.backbone, args.weights, args.trainable_layer_num, bf16=args.precision == "bf16")
-    return main.build_model(backbone, args)
+    return main.assemble(backbone, args)
 
 
 # ---------------------------------------------------------------- the files of a run
@@ -456,7 +456,7 @@ def test_golden_release_trace(golden):
     args.memory = "soft"
     backbone = torch.nn.Identity()
     backbone.dim = c["feat_in"]
-    model = main.build_model(backbone, args)
+    model = main.assemble(backbone, args)
     model.projection.weight.data, model.projection.bias.data, model.quantizer.codebooks.data = (
         torch.from_numpy(numbers[name]) for name in ("W0", "b0", "C0")
     )

@@ -212,7 +212,7 @@ def test_every_combination_of_flags_is_its_sum_in_plain_loops(
         + sum(math.exp(float(q[j] @ e) / T) for e in entries)
         for j in range(2 * N)
     ]
-    least = n * math.exp(-1 / T) if bound == "dcl" else math.exp(-(n if debias_memory else n_batch) / T)
+    least = n * math.exp(-1 / T) if bound == "dcl" else math.exp(-n_batch / T)
     terms = []
     for i in range(2 * N):
         positive = math.exp(float(q[i] @ q[(i + N) % (2 * N)]) / T)

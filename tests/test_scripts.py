@@ -103,6 +103,7 @@ def test_flickr25k_lists_are_not_overwritten_unless_forced(mirflickr, tmp_path, 
         ("sky.txt", "1\n61\n", "sky.txt:2: '61' is no image number from 1 to 60"),
         ("sky.txt", "0\n", "sky.txt:1: '0' is no image number"),
         ("sky.txt", "1\nim7.jpg\n", "sky.txt:2: 'im7.jpg' is no image number"),
+        ("sky.txt", "0000000019999999\n", "sky.txt:1: '0000000019999999' is no image number"),
         ("sky.txt", "4\n5\n4\n", "sky.txt:3: image 4 stands there twice"),
         ("sky.txt", "", "sky.txt is empty"),
         ("tree.txt", None, "1 of the 24 label files are not in it: tree"),
@@ -115,13 +116,26 @@ def test_flickr25k_annotations_that_are_wrong(name, content, words, mirflickr, t
         (folder / name).write_text(content)
     output = tmp_path / "lists"
     assert words in refused(capsys, "prepare_flickr25k", folder, "--output", output, "--count", 60)
-    assert not output.exists()
+    assert not list(output.iterdir())
 
 
 def test_annotations_that_are_no_archive(tmp_path, capsys):
     assert "does not exist" in refused(capsys, "prepare_flickr25k", tmp_path / "none.zip")
     (tmp_path / "bad.zip").write_text("404: not found")
     assert "bad.zip is not a readable zip archive" in refused(capsys, "prepare_flickr25k", tmp_path / "bad.zip")
+
+
+@pytest.mark.parametrize("kind", ["file", "below a file", "folder in the way"])
+def test_lists_that_can_not_be_written(kind, mirflickr, tmp_path, capsys):
+    output = tmp_path / "lists"
+    if kind == "folder in the way":
+        (output / "img.txt").mkdir(parents=True)
+    else:
+        output.touch()
+    target = output / "below" if kind == "below a file" else output
+    assert str(output) in refused(
+        capsys, "prepare_flickr25k", mirflickr[0], "--output", target, "--count", 60, "--force"
+    )
 
 
 # ---------------------------------------------------------------- NUS-WIDE
@@ -199,7 +213,7 @@ def test_nuswide_annotations_that_are_wrong(file, change, words, nuswide, tmp_pa
         path.write_text(change(text))
     flags = ("--output", tmp_path / "lists", "--count", 400, "--queries", 3)
     assert words in refused(capsys, "prepare_nuswide", *nuswide[:2], *flags)
-    assert not (tmp_path / "lists").exists()
+    assert not list((tmp_path / "lists").iterdir())
 
 
 def test_nuswide_refuses_what_can_not_be_drawn_and_what_is_there(nuswide, tmp_path, capsys):
@@ -233,6 +247,12 @@ def test_check_data_says_what_is_there_and_what_is_missing(photo_root, cifar10_r
     assert "not usable" in text.partition("Flickr25K:")[2].partition("NUSWIDE:")[0]
     assert "90 named by the lists, 88 sound, 1 missing, 1 do not decode" in text
     assert f"{name} is missing" in text
+    (tmp_path / "data" / "Nuswide" / "concepts.txt").write_bytes(b"\xff\xfe")
+    assert call("check_data", *roots, "--dataset", "NUSWIDE", "--dataset", "CIFAR10") == 1
+    text = capsys.readouterr().out
+    assert "not usable" in text.partition("CIFAR10:")[0]
+    assert "concepts.txt is not a readable text file" in text
+    assert "airplane 5000" in text
     assert call("check_data", *roots, "--dataset", "CIFAR10") == 0
 
 
@@ -341,26 +361,64 @@ def test_run_all_runs_each_script_once_and_reports_failures(stub):
     assert [main.resolve(main.build_parser().parse_args(call)).device for call in calls[-2:]] == ["cuda:1"] * 2
 
 
-@pytest.mark.parametrize("arguments", [[], ["0"], ["0", "x"], ["a", "1"], ["0", "1-"], ["0", "0"], ["0", "23-25"]])
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        [],
+        ["0"],
+        ["0", "x"],
+        ["a", "1"],
+        ["0", "1-"],
+        ["0", "0"],
+        ["0", "23-25"],
+        ["0", "5-1"],
+        ["0", "1", "--notes", "x"],
+    ],
+)
 def test_run_all_refuses_what_it_can_not_run(arguments, stub):
     result, calls = stub("scripts/run_all.sh", *arguments)
     assert (result.returncode, calls) == (2, [])
     assert result.stderr.count("\n") == 1
 
 
-def test_run_all_interrupted_ends_its_runs(stub, tmp_path):
-    (tmp_path / "python").write_text(f"#!/bin/bash\necho $$ >>{tmp_path}/pids\nexec sleep 60\n")
-    environment = os.environ | {"MECOQ_PYTHON": str(tmp_path / "python")}
-    process = subprocess.Popen(["bash", "scripts/run_all.sh", "0,1", "1-4"], cwd=ROOT, env=environment)
+def wait_for(condition):
     deadline = time.monotonic() + 30
-    while len((tmp_path / "pids").read_text().split() if (tmp_path / "pids").exists() else []) < 2:
+    while not condition():
         assert time.monotonic() < deadline
         time.sleep(0.05)
-    process.send_signal(signal.SIGTERM)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_run_all_interrupted_ends_its_runs_and_starts_no_other(number, tmp_path):
+    """With an interpreter that, like main.py, ends by itself when it is interrupted."""
+    python, pids = tmp_path / "python", tmp_path / "pids"
+    python.write_text(f"#!/bin/bash\ntrap 'exit 130' INT\necho $$ >>{pids}\nwhile :; do sleep 0.1; done\n")
+    python.chmod(0o755)
+    pids.touch()
+    process = subprocess.Popen(
+        ["bash", "scripts/run_all.sh", "0,1", "1-6"], cwd=ROOT, env=os.environ | {"MECOQ_PYTHON": str(python)},
+        stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+    )  # fmt: skip
+    wait_for(lambda: len(pids.read_text().split()) == 2)
+    process.send_signal(number)
     assert process.wait(timeout=20) == 130
-    pids = (tmp_path / "pids").read_text().split()
-    assert len(pids) == 2
-    assert not any(Path(f"/proc/{pid}").exists() for pid in pids)
+    time.sleep(0.5)
+    started = pids.read_text().split()
+    assert len(started) == 2
+    assert not any(Path(f"/proc/{pid}").exists() for pid in started)
+
+
+def test_run_all_tells_of_scripts_that_never_ran(tmp_path):
+    """A worker that is killed leaves its queue undone."""
+    python = tmp_path / "python"
+    python.write_text("#!/bin/bash\nkill -9 -- -$(ps -o pgid= -p $$ | tr -d ' ')\n")  # the worker's whole group
+    python.chmod(0o755)
+    result = subprocess.run(
+        ["bash", "scripts/run_all.sh", "0", "1-3"], cwd=ROOT, env=os.environ | {"MECOQ_PYTHON": str(python)},
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert result.returncode == 1
+    assert result.stderr.splitlines()[-1] == "failed: run0001.sh run0002.sh run0003.sh"
 
 
 # ---------------------------------------------------------------- compare_published
@@ -374,15 +432,20 @@ def write_metrics(output, notes, value, flags, canonical=True):
     (folder / "metrics.json").write_text(json.dumps(metrics))
 
 
-CIFAR_II_32 = ["--dataset", "CIFAR10", "--protocol", "II", "--M", "4"]
+CIFAR_II_32 = """--dataset CIFAR10 --protocol II --M 4 --feat_dim 48 --trainable_layer_num 2 --T 0.35 --hp_beta 5e-3
+    --hp_lambda 0.1 --mode debias --pos_prior 0.1 --queue_begin_epoch 15 --topK 1000""".split()  # noqa: SIM905
 
 
 def test_our_numbers_stand_beside_the_published_ones(tmp_path, capsys):
     """Expected values are read off the published tables by hand."""
     for seed, value in ((1, 0.64), (2, 0.65)):
         write_metrics(tmp_path, f"seed{seed}", value, [*CIFAR_II_32, "--seed", str(seed)])
-    write_metrics(tmp_path, "own", 0.6, [*CIFAR_II_32, "--recipe", "release", "--pairing", "own", "--hp_lambda", "0.1"])
-    write_metrics(tmp_path / "b", "symm", 0.7, ["--dataset", "NUSWIDE", "--M", "2", "--symmetric_distance"], False)
+    write_metrics(tmp_path, "own", 0.6, [*CIFAR_II_32, "--recipe", "release", "--pairing", "own"])
+    for notes, value, flags in (("a", 0.5, ["--memory", "none"]), ("b", 0.3, ["--topK", "10"])):
+        write_metrics(tmp_path, notes, value, [*CIFAR_II_32, *flags])
+    tested = ["--test_only", "--checkpoint", "their/model.cpt", "--recipe", "release"]
+    write_metrics(tmp_path, "c", 0.63, [*CIFAR_II_32, *tested])
+    write_metrics(tmp_path / "b", "16", 0.7, ["--dataset", "NUSWIDE", "--M", "2", "--symmetric_distance"], False)
     write_metrics(tmp_path / "b", "digits", 0.9, ["--dataset", "Digits"])
     log = tmp_path / "old-CifarI16bits.log"
     log.write_text("epoch 0: avg loss=4.9\nval mAP=0.6\n2021-08-01 test mAP=0.681300\n")
@@ -394,8 +457,12 @@ def test_our_numbers_stand_beside_the_published_ones(tmp_path, capsys):
     assert (float(paper["paper"]), float(paper["minus_paper"])) == (64.09, 0.41)
     assert float(paper["release_mean"]) == pytest.approx((64.0929 + 64.11 + 63.1728) / 3, abs=1e-3)
     assert (float(paper["release_min"]), float(paper["release_max"])) == (63.1728, 64.11)
-    assert float(rows["CifarII32bits", "release, pairing=own, hp_lambda=0.1"]["ours_mean"]) == 60
-    symm = rows["Nuswide16bitsSymm", "paper (not comparable: not the published images)"]
+    assert float(rows["CifarII32bits", "release, pairing=own"]["ours_mean"]) == 60
+    assert float(rows["CifarII32bits", "paper, memory=none, queue_begin_epoch=-1"]["ours_mean"]) == 50
+    assert float(rows["CifarII32bits", "paper, topK=10"]["ours_mean"]) == 30
+    assert [s for e, s in rows if "test_only=True" in s and "checkpoint=their/model.cpt" in s]
+    symm = next(row for (e, s), row in rows.items() if e == "Nuswide16bitsSymm")
+    assert all(words in symm["setting"] for words in ("T=0.1", "topK=None", "not the published images"))
     assert (symm["paper"], float(symm["ours_mean"])) == ("", 70)
     assert float(rows["CifarI16bits", "log"]["minus_paper"]) == pytest.approx(68.13 - 68.20)
     assert len({experiment for experiment, _ in rows}) == 24
@@ -411,6 +478,8 @@ def test_our_numbers_stand_beside_the_published_ones(tmp_path, capsys):
         ("checkpoints/a/metrics.json", "{", "is not the metrics.json of a run"),
         ("checkpoints/a/metrics.json", "[]", "is not the metrics.json of a run"),
         ("checkpoints/a/metrics.json", '{"map": 0.1, "config": {}}', "of another version"),
+        ("checkpoints/a/metrics.json", "[" * 100000, "is not the metrics.json of a run"),
+        ("checkpoints/a/metrics.json", '{"map": 0.1, "config": {"dataset": []}}', "of another version"),
         ("mine.log", "test mAP=0.5", "does not say which experiment"),
         ("CifarI16bits.log", "val mAP=0.5", "no line 'test mAP=...'"),
         ("CifarI16bits.log", None, "not readable"),

@@ -346,7 +346,8 @@ def run(args: Namespace) -> None:
     if args.skip_finished and is_finished(files, args):
         print(f"{files.checkpoints} is finished: skipped")
         return
-    if args.test_only and files.model.exists():
+    beside = args.test_only and files.checkpoints.resolve() == Path(args.checkpoint).resolve().parent
+    if args.test_only and (beside or files.model.exists()):
         raise InputError(f"--notes {args.notes}: {files.checkpoints} holds a trained model; choose another name")
     for folder in (files.checkpoints, files.log.parent if args.disable_writer else files.tensorboard):
         check_writable(folder)

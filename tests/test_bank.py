@@ -10,6 +10,7 @@ from test_engine import SMALL, small_run
 from test_scripts import call
 
 import bank
+import data
 import main
 from utils import InputError
 
@@ -64,6 +65,9 @@ def test_a_bank_is_built_once_and_of_one_thing(weights, tmp_path):
     bank.build_bank(tmp_path, splits, model.backbone, args)
     after = {path.name: path.stat().st_mtime_ns for path in tmp_path.iterdir()}
     assert {name for name in after if after[name] != before[name]} == {"epoch001.npy"}
+    inverted = splits.each(lambda images: data.Images(255 - images.pixels, images.labels))
+    with pytest.raises(InputError, match="is the feature bank of other data"):
+        bank.build_bank(tmp_path, inverted, model.backbone, args)
     for flags in (["--seed", "3"], ["--precision", "bf16"], ["--image_size", "40"]):
         other = options("--weights", weights, *flags)
         with pytest.raises(InputError, match="is the feature bank of other data"):
@@ -106,5 +110,13 @@ def test_measure_recipes_runs_every_setting_once(weights, tmp_path, capsys):
     times = {path: path.stat().st_mtime_ns for path in (tmp_path / "bank" / "cells").glob("*.json")}
     assert call("measure_recipes", *arguments) == 0
     assert times == {path: path.stat().st_mtime_ns for path in times}
-    assert call("measure_recipes", *arguments, "--T", "0.2") == 2
-    assert "was made with other flags" in capsys.readouterr().err
+    for further, words in (
+        (["--T", "0.2"], "was made with other flags"),
+        (["--pairing", "all"], "--pairing: this script sets"),
+        (["--recipe", "release"], "--recipe: this script sets"),
+        (["--hp_lambda", "0"], "must be more than 0"),
+        (["--epoch_num", "0"], "must be more than 0"),
+        (["--device", "cuda:99"], "CUDA"),
+    ):
+        assert call("measure_recipes", *arguments, *further) == 2
+        assert words in capsys.readouterr().err

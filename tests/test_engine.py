@@ -293,7 +293,7 @@ def test_only_gives_the_map_of_the_run_with_its_codes_or_without(finished, tmp_p
     np.testing.assert_array_equal(np.loadtxt(encoded / "PR_curve.txt"), np.loadtxt(folder / "PR_curve.txt"))
     assert not (encoded / "model.cpt").exists()
     assert main.main([*SMALL, *flags, "--output", str(tmp_path), "--notes", "small"]) == 2
-    assert "would replace those beside --checkpoint" in capsys.readouterr().err
+    assert "holds a trained model" in capsys.readouterr().err
     assert main.main([*SMALL, *LIVELY, "--M", "4", *flags[-3:], "--output", str(tmp_path)]) == 2
     assert "give --M 2 --K 64 --feat_dim 8" in capsys.readouterr().err
     assert main.main([*SMALL, *flags, "--backbone", "resnet18", "--image_size", "32", "--output", str(tmp_path)]) == 2
@@ -328,6 +328,12 @@ def test_codes_beside_a_checkpoint_are_taken(whole_digits, tmp_path, monkeypatch
     assert np.load(results / "db_codes.npy").dtype == np.uint8
 
 
+def claims_too_much(folder):
+    """A .npy file whose head speaks of 2e14 rows."""
+    with (folder / "db_codes.npy").open("wb") as file:
+        np.lib.format.write_array_header_1_0(file, {"descr": "|u1", "fortran_order": False, "shape": (2 * 10**14, 2)})
+
+
 def saved(name, change):
     return lambda folder: np.save(folder / name, change(np.load(folder / name)))
 
@@ -342,6 +348,9 @@ def saved(name, change):
         (saved("db_codes.npy", lambda codes: 63 - codes), "of the codes of 64 images are the checkpoint's"),
         (saved("db_targets.npy", lambda labels: labels[::-1]), "other labels than those of this data set"),
         (lambda folder: (folder / "db_codes.npy").write_bytes(b"no array"), "db_codes.npy is not a readable .npy"),
+        (lambda folder: (folder / "db_codes.npy").write_bytes(b"PK\3\4 no zip"), "db_codes.npy is not a readable .npy"),
+        (claims_too_much, "is not a readable .npy"),
+        (lambda folder: torch.save({0: torch.ones(1)}, folder / "model.cpt"), "is not a state dict"),
         (lambda folder: (folder / "model.cpt").write_bytes(b"no model"), "model.cpt is not a readable PyTorch state"),
         (lambda folder: (folder / "model.cpt").unlink(), "model.cpt does not exist"),
         (lambda folder: torch.save({"w": torch.ones(1)}, folder / "model.cpt"), "there are no codebooks"),
@@ -352,6 +361,39 @@ def test_codes_and_checkpoints_that_do_not_fit_are_refused(change, words, whole_
     assert code == 2
     assert words in capsys.readouterr().err
     assert not (results / "metrics.json").exists()
+
+
+def test_codes_of_another_model_are_refused_even_where_they_are_alike(whole_digits, tmp_path, capsys):
+    """The model changes by a hair, as from one epoch to the next: nearly all its codes stay."""
+
+    def a_hair(folder):
+        state = torch.load(folder / "model.cpt", weights_only=True)
+        state["projection.weight"] *= 1.0001
+        torch.save(state, folder / "model.cpt")
+
+    code, _ = only_test(whole_digits, tmp_path, a_hair)
+    assert code == 2
+    assert "db_codes.npy was made with another model" in capsys.readouterr().err
+
+
+def test_codes_without_a_history_are_probed_beyond_chance(whole_digits, tmp_path, capsys):
+    """Codes that nearly all agree because nearly all are equal prove nothing."""
+
+    def collapsed(folder):
+        (folder / "metrics.json").unlink()
+        state = torch.load(folder / "model.cpt", weights_only=True)
+        state["projection.weight"] *= 0
+        state["projection.bias"][:] = 1
+        torch.save(state, folder / "model.cpt")
+        codes = np.load(folder / "db_codes.npy")
+        words = F.normalize(state["quantizer.codebooks"], dim=-1)
+        codes[:] = (words.sum(dim=-1)).argmax(dim=1).numpy()
+        codes[::30] += 1  # a few are wrong
+        np.save(folder / "db_codes.npy", codes % 64)
+
+    code, _ = only_test(whole_digits, tmp_path, collapsed)
+    assert code == 2
+    assert "are the checkpoint's" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("recipe", ["paper", "release"])
@@ -401,6 +443,16 @@ def test_finished_runs_are_skipped_and_others_protected(finished, tmp_path, caps
     assert main.main([*flags, "--seed", "7", "--pairing", "all"]) == 2
     assert "holds a run with seed=2021, pairing=own: give this one another" in capsys.readouterr().err
     assert metrics.read_bytes() == before
+    model = metrics.with_name("model.cpt")
+    weights = model.read_bytes()
+    model.write_bytes(weights + b" ")  # as if another run had been killed after its first epoch
+    monkeypatch.setattr(main.engine, "run", lambda *a: print("it runs"))
+    assert main.main(flags) == 0
+    assert "it runs" in capsys.readouterr().out
+    model.write_bytes(weights)
+    monkeypatch.undo()
+    assert main.main([*flags, "--data_root", "elsewhere"]) == 2
+    capsys.readouterr()
     metrics.write_text("{}")
     assert main.main(flags) == 2
     assert "is not the metrics.json of a run" in capsys.readouterr().err

@@ -29,6 +29,21 @@ def test_nuswide_lists_are_read_as_they_stand(photo_root):
     assert images.labels.tolist() == [[int(x) for x in row[1:]] for row in rows]
 
 
+def test_a_byte_order_mark_is_no_part_of_a_name(photo_root, tmp_path):
+    original = (photo_root / "data" / "Nuswide" / "test.txt").read_bytes()
+    (tmp_path / "test.txt").write_bytes(b"\xef\xbb\xbf" + original)
+    assert lists.read_nuswide(tmp_path / "test.txt", tmp_path).names[0] == "sky/0000.jpg"
+
+
+def test_large_images_are_decoded_without_a_word_and_bombs_refused(tmp_path, monkeypatch, recwarn):
+    Image.new("RGB", (100, 100)).save(tmp_path / "a.jpg")
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 9000)
+    assert lists.image_fault(tmp_path / "a.jpg") == ""
+    assert not recwarn.list
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 4000)
+    assert "does not decode" in lists.image_fault(tmp_path / "a.jpg")
+
+
 def test_windows_line_ends_and_trailing_blank_lines_are_fine(photo_root, tmp_path):
     original = (photo_root / "data" / "Nuswide" / "test.txt").read_bytes()
     (tmp_path / "test.txt").write_bytes(original.replace(b"\n", b"\r\n") + b"\r\n\r\n")

@@ -110,10 +110,15 @@ def test_symmetric_similarity_is_that_of_both_reconstructions():
 
 @settings(deadline=None)
 @for_all(st.lists(st.floats(width=32, allow_nan=False), min_size=1, max_size=40), st.data())
-def test_first_are_the_highest_scores_in_database_order(scores, draw):
-    K = draw.draw(st.integers(1, len(scores)))
-    expected = sorted(range(len(scores)), key=lambda i: (-scores[i], i))[:K]
-    assert retrieval.first(torch.tensor([scores]), K).tolist() == [expected]
+def test_ranking_is_by_score_and_then_by_position(scores, draw):
+    """All floats, infinite, denormal and both zeros among them, in rows whose relevance tells the order."""
+    n = len(scores)
+    K = draw.draw(st.integers(1, n))
+    row = st.lists(st.booleans(), min_size=n, max_size=n)
+    relevant = torch.tensor(draw.draw(st.lists(row, min_size=1, max_size=3)))
+    expected = sorted(range(n), key=lambda i: (-scores[i], i))[:K]
+    ours = retrieval.ranked_relevance(torch.tensor([scores] * len(relevant)), relevant, K)
+    assert ours.tolist() == relevant[:, expected].tolist()
 
 
 def test_codes_of_two_bytes():
@@ -128,7 +133,7 @@ def test_result_does_not_depend_on_the_chunks(monkeypatch):
     labels = torch.randint(4, (23,)), torch.randint(4, (50,))
     seen = []
     whole = retrieval.evaluate(given, tables, codes, *labels, 10, on_chunk=seen.append)
-    monkeypatch.setattr(retrieval, "CHUNK_ELEMENTS", 200)
+    monkeypatch.setitem(retrieval.CHUNK_ELEMENTS, "cpu", 200)
     parts = retrieval.evaluate(given, tables, codes, *labels, 10, on_chunk=seen.append)
     assert whole.map == pytest.approx(parts.map, abs=1e-14)
     torch.testing.assert_close(whole.pr, parts.pr)

@@ -1,5 +1,6 @@
 """The tools that a user starts by hand, called in this process as `main(argv)` under `run_script`."""
 
+import contextlib
 import csv
 import importlib.util
 import json
@@ -398,14 +399,21 @@ def test_run_all_interrupted_ends_its_runs_and_starts_no_other(number, tmp_path)
     process = subprocess.Popen(
         ["bash", "scripts/run_all.sh", "0,1", "1-6"], cwd=ROOT, env=os.environ | {"MECOQ_PYTHON": str(python)},
         stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # ignored where the tests run in background
     )  # fmt: skip
-    wait_for(lambda: len(pids.read_text().split()) == 2)
-    process.send_signal(number)
-    assert process.wait(timeout=20) == 130
-    time.sleep(0.5)
-    started = pids.read_text().split()
-    assert len(started) == 2
-    assert not any(Path(f"/proc/{pid}").exists() for pid in started)
+    try:
+        wait_for(lambda: len(pids.read_text().split()) == 2)
+        process.send_signal(number)
+        assert process.wait(timeout=20) == 130
+        time.sleep(0.5)
+        started = pids.read_text().split()
+        assert len(started) == 2
+        assert not any(Path(f"/proc/{pid}").exists() for pid in started)
+    finally:
+        process.kill()
+        for pid in pids.read_text().split():
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(int(pid), signal.SIGKILL)
 
 
 def test_run_all_tells_of_scripts_that_never_ran(tmp_path):

@@ -312,9 +312,10 @@ def test_scripts_hold_the_published_flags_and_nothing_else(row, stub):
 
 
 def test_there_is_a_script_for_each_row_and_no_other():
-    assert [path.name for path in sorted((ROOT / "scripts").glob("run[0-9]*.sh"))] == [
-        r["script"] for r in run_configs()
-    ]
+    scripts = sorted((ROOT / "scripts").glob("run[0-9]*.sh"))
+    assert [path.name for path in scripts] == [row["script"] for row in run_configs()]
+    published, golden = (ROOT / folder / "run_configs.csv" for folder in ("docs/published", "tests/golden"))
+    assert published.read_bytes() == golden.read_bytes()
 
 
 def test_further_flags_are_passed_on_and_win(stub):

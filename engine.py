@@ -343,7 +343,10 @@ def saved_codes(path: Path, model: MeCoQ, database: data.Images | ImageFiles, ar
     if codes.min() < 0 or codes.max() >= args.K:
         raise InputError(f"{path}: a code is {codes.min()} or {codes.max()}, codewords are 0 to {args.K - 1}: {advice}")
     targets = path.with_name("db_targets.npy")
-    if targets.exists() and not np.array_equal(read_array(targets), database.labels):
+    labels = read_array(targets) if targets.exists() else database.labels
+    if labels.ndim == 2 and database.labels.ndim == 1:  # one-hot rows for class ids
+        labels = labels.argmax(axis=1)
+    if not np.array_equal(labels, database.labels):
         raise InputError(f"{targets}: other labels than those of this data set, split and --seed: {advice}")
     metrics = path.with_name("metrics.json")
     model_of_codes = read_metrics(metrics).get("model_sha256") if metrics.exists() else None

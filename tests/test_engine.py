@@ -319,8 +319,12 @@ def test_codes_beside_a_checkpoint_are_taken(whole_digits, tmp_path, monkeypatch
     encoded = []
     original = engine.encode
     monkeypatch.setattr(engine, "encode", lambda m, i, *a, **k: encoded.append(len(i)) or original(m, i, *a, **k))
-    wide = lambda folder: np.save(folder / "db_codes.npy", np.load(folder / "db_codes.npy").astype(np.int64))  # noqa: E731
-    code, results = only_test(whole_digits, tmp_path, wide)
+
+    def otherwise_written(folder):
+        np.save(folder / "db_codes.npy", np.load(folder / "db_codes.npy").astype(np.int64))
+        np.save(folder / "db_targets.npy", np.eye(10)[np.load(folder / "db_targets.npy")])
+
+    code, results = only_test(whole_digits, tmp_path, otherwise_written)
     assert code == 0
     assert encoded == [64, 300]  # the probe and the queries, not the 1,497
     expected = json.loads((whole_digits / "metrics.json").read_text())

@@ -74,7 +74,7 @@ def _claim(folder: Path, key: dict) -> None:
         if any(folder.iterdir()):
             raise InputError(f"{folder} is not empty and no feature bank: name another folder")
         write_json(path, key)
-    elif path.read_text(encoding="utf-8") != json.dumps(key, indent=2) + "\n":
+    elif path.read_bytes() != (json.dumps(key, indent=2) + "\n").encode():
         raise InputError(f"{folder} is the feature bank of other data, flags or weights: name another folder")
 
 

@@ -344,7 +344,7 @@ def saved_codes(path: Path, model: MeCoQ, database: data.Images | ImageFiles, ar
         raise InputError(f"{path}: a code is {codes.min()} or {codes.max()}, codewords are 0 to {args.K - 1}: {advice}")
     targets = path.with_name("db_targets.npy")
     labels = read_array(targets) if targets.exists() else database.labels
-    if labels.ndim == 2 and database.labels.ndim == 1:  # one-hot rows for class ids
+    if labels.ndim == 2 and labels.size and database.labels.ndim == 1:  # one-hot rows for class ids
         labels = labels.argmax(axis=1)
     if not np.array_equal(labels, database.labels):
         raise InputError(f"{targets}: other labels than those of this data set, split and --seed: {advice}")
@@ -371,6 +371,7 @@ def report(
     db_codes: Tensor | None = None,
 ) -> dict:
     """Test the model, log and write every result. Returns what went into `metrics.json`."""
+    digest = sha256(Path(args.checkpoint) if args.test_only else files.model)  # before the test: a file may be replaced
     with watch.measure("test"):
         metrics, db_codes = test(model, splits, args, db_codes)
     LOG.info("test mAP=%.6f", metrics.map)
@@ -395,7 +396,7 @@ def report(
         "peak_memory_mb": peak_memory(args.device),
         "device": device_name(args.device),
         "versions": versions(),
-        "model_sha256": sha256(Path(args.checkpoint) if args.test_only else files.model),
+        "model_sha256": digest,
         "config": vars(args),
     }
     write_json(files.checkpoints / "metrics.json", results)

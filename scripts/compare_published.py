@@ -70,7 +70,7 @@ def setting(experiment: str, metrics: dict) -> str:
     others = [
         f"{flag}={config.get(flag)}"
         for flag, value in script.items()
-        if flag not in NEUTRAL | {"seed", "data_root", "list_root"} and config.get(flag) != value
+        if flag not in NEUTRAL | {"seed", "data_root"} and config.get(flag) != value
     ]
     others += [] if metrics["canonical_data"] else ["not the published images"]
     return ", ".join([config["recipe"], *others])
@@ -138,7 +138,8 @@ def main(argv: list[str] | None = None) -> None:
         raise InputError("pandas and tabulate are needed: pip install -r requirements-extra.txt")
     folder = args.output[0] / "checkpoints"
     check_writable(folder)
-    paths = [path for output in args.output for path in sorted(output.glob("checkpoints/*/metrics.json"))]
+    outputs = {output.resolve(): output for output in args.output}.values()  # each once
+    paths = [path for output in outputs for path in sorted(output.glob("checkpoints/*/metrics.json"))]
     runs = [run for run in map(read_run, paths) if run] + [read_log(path) for path in args.logs]
     table = compare(runs)
     unpublished = {run["experiment"] for run in runs} - set(table["experiment"])

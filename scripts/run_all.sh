@@ -15,9 +15,11 @@ IFS=, read -ra ranges <<<"$2"
 shift 2
 for flag in "$@"; do
     [[ "$flag" != --notes && "$flag" != --notes=* ]] || refuse "--notes: every run has its own; name another --output"
+    [[ "$flag" != --dry_run && "$flag" != --help && "$flag" != -h ]] || refuse "$flag: give it to a single script"
 done
 scripts=()
 for range in "${ranges[@]}"; do
+    ((10#${range%-*} <= 10#${range#*-})) || refuse "$range: the first number is the larger one"
     for ((number = 10#${range%-*}; number <= 10#${range#*-}; number++)); do
         name=$(printf 'run%04d.sh' "$number")
         [ -f "$(dirname "${BASH_SOURCE[0]}")/$name" ] || refuse "there is no $name"
@@ -32,7 +34,7 @@ export MECOQ_PYTHON=$python
 queue=$(mktemp -d) # a folder run0001.sh: taken; run0001.sh/done: finished
 work() {
     local gpu=$1 name
-    trap 'exit 130' INT TERM # bash would go on with the next
+    trap 'exit 130' INT TERM HUP # bash would go on with the next
     for name in "${scripts[@]}"; do
         mkdir "$queue/$name" 2>/dev/null || continue
         echo "$(date '+%F %T') $gpu: $name"
@@ -47,13 +49,13 @@ work() {
 set -m # a process group for each worker, so that an interrupt ends its run too
 workers=()
 stop() {
-    trap '' INT TERM
+    trap '' INT TERM HUP
     for worker in "${workers[@]}"; do kill -TERM -- "-$worker" 2>/dev/null || true; done
     wait
     rm -r "$queue"
     exit 130
 }
-trap stop INT TERM
+trap stop INT TERM HUP
 for gpu in "${gpus[@]}"; do
     work "$gpu" "$@" &
     workers+=($!)

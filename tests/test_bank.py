@@ -115,6 +115,7 @@ def test_measure_recipes_runs_every_setting_once(weights, tmp_path, capsys):
         (["--pairing", "all"], "--pairing: this script sets"),
         (["--recipe", "release"], "--recipe: this script sets"),
         (["--hp_lambda", "0"], "must be more than 0"),
+        (["--dry_run"], "have no place here"),
         (["--epoch_num", "0"], "must be more than 0"),
         (["--device", "cuda:99"], "CUDA"),
     ):

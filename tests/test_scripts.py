@@ -374,6 +374,8 @@ def test_run_all_runs_each_script_once_and_reports_failures(stub):
         ["0", "0"],
         ["0", "23-25"],
         ["0", "5-1"],
+        ["0", "1,9-7"],
+        ["0", "1", "--dry_run"],
         ["0", "1", "--notes", "x"],
     ],
 )
@@ -390,7 +392,7 @@ def wait_for(condition):
         time.sleep(0.05)
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
 def test_run_all_interrupted_ends_its_runs_and_starts_no_other(number, tmp_path):
     """With an interpreter that, like main.py, ends by itself when it is interrupted."""
     python, pids = tmp_path / "python", tmp_path / "pids"

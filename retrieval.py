@@ -39,12 +39,13 @@ def symmetric_tables(query_codes: Tensor, codewords: Tensor) -> Tensor:
 
 
 def aqs_scores(tables: Tensor, db_codes: Tensor) -> Tensor:
-    """Scores, Eq. 17: `[Q, n]`, the sum over m of `tables[:, m, db_codes[:, m]]`, added in the order of m."""
-    codes = db_codes.long()
-    scores = tables[:, 0].index_select(1, codes[:, 0])
-    for m in range(1, tables.shape[1]):
-        scores += tables[:, m].index_select(1, codes[:, m])
-    return scores
+    """Scores, Eq. 17: `[Q, n]`, the sum over m of `tables[:, m, db_codes[:, m]]`, added in the order of m.
+
+    All M tables are one of M K rows, a column a query: a code picks M rows, whose sum is the scores of its image.
+    """
+    Q, M, K = tables.shape
+    picked = db_codes.int() + K * torch.arange(M, dtype=torch.int32, device=db_codes.device)
+    return F.embedding_bag(picked, tables.reshape(Q, M * K).T.contiguous(), mode="sum").T.contiguous()
 
 
 def relevance(query_labels: Tensor, db_labels: Tensor) -> Tensor:
@@ -138,6 +139,8 @@ def ranked_relevance(scores: Tensor, relevant: Tensor, K: int) -> Tensor:
     one. Bare numbers sort an order of magnitude faster than scores with their indices.
     """
     Q, n = scores.shape
+    if not scores.is_cuda and n > 2 * K:
+        return _top_relevance(scores.numpy(), relevant.numpy(), K)
     keys = torch.empty(Q, n, dtype=torch.int64, device=scores.device)
     low, high = keys.view(torch.int32).view(Q, n, 2).unbind(dim=2)  # little-endian, as all that PyTorch runs on
     bits = (scores + 0.0).view(torch.int32)  # + 0.0: no -0.0, which would rank behind 0.0
@@ -147,20 +150,34 @@ def ranked_relevance(scores: Tensor, relevant: Tensor, K: int) -> Tensor:
 
 
 def _smallest(keys: Tensor, K: int) -> Tensor:
-    """The K smallest of each row of `keys` `[Q, n]`, in their order; `keys` may be sorted in place."""
+    """The K smallest of each row of `keys` `[Q, n]`, in their order; on a CPU they are sorted in place."""
     if keys.is_cuda:
         return keys.topk(K, dim=1, largest=False).values if keys.shape[1] > K else keys.sort(dim=1).values
 
-    def rows(part: np.ndarray) -> np.ndarray:
-        if part.shape[1] > 2 * K:
-            part = np.partition(part, K - 1, axis=1)[:, :K]
-        part.sort(axis=1)
-        return part[:, :K]
-
     # NumPy sorts integers with vector instructions, eight times as fast as PyTorch, and lets other threads run
+    _in_threads(lambda part: part.sort(axis=1), keys.numpy())
+    return keys[:, :K]
+
+
+def _top_relevance(scores: np.ndarray, relevant: np.ndarray, K: int) -> Tensor:
+    """`ranked_relevance` for a K that is small beside n: of the images that score at least as high as the K-th."""
+
+    def rows(scores: np.ndarray, relevant: np.ndarray) -> np.ndarray:
+        found = np.empty((len(scores), K), dtype=bool)
+        least = np.partition(scores, scores.shape[1] - K, axis=1)[:, -K]
+        for row, of_row, bound, hits in zip(scores, relevant, least, found, strict=True):
+            candidates = np.flatnonzero(row >= bound)  # in database order, in which a stable sort leaves equals
+            hits[:] = of_row[candidates[np.argsort(-row[candidates], kind="stable")[:K]]]
+        return found
+
+    return torch.from_numpy(np.concatenate(_in_threads(rows, scores, relevant)))
+
+
+def _in_threads(work: Callable, *arrays: np.ndarray) -> list:
+    """`work` of as many parts of the arrays' rows as there are threads."""
     threads = torch.get_num_threads()
     with ThreadPoolExecutor(threads) as pool:
-        return torch.from_numpy(np.concatenate(list(pool.map(rows, np.array_split(keys.numpy(), threads)))))
+        return list(pool.map(work, *(np.array_split(array, threads) for array in arrays)))
 
 
 def _scored(

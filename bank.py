@@ -18,12 +18,22 @@ from torch import Tensor, nn
 import data
 import engine
 import retrieval
+from features import Computed
 from lists import ImageFiles
 from network import Backbone, MeCoQ
 from results import Files, read_array
 from utils import InputError, atomic_write, progress_bar, write_json
 
-KEY = ("dataset", "protocol", "seed", "limit", "backbone", "image_size", "precision")  # what the features depend on
+KEY = (
+    "dataset",
+    "protocol",
+    "seed",
+    "limit",
+    "backbone",
+    "image_size",
+    "precision",
+    "views",
+)  # what the features depend on
 
 
 def build_bank(folder: Path, splits: data.Splits, backbone: Backbone, args: Namespace) -> None:
@@ -37,20 +47,17 @@ def build_bank(folder: Path, splits: data.Splits, backbone: Backbone, args: Name
     key = {flag: getattr(args, flag) for flag in KEY} | {"sha256": _fingerprint(splits, backbone)}
     _claim(folder, key)
     backbone.eval()
-    loader = data.train_loader(splits, args.image_size, args.batch_size, args.num_workers, args.seed)
+    loader = data.train_loader(splits, args)
     for epoch in range(args.epoch_num):
         if not _path(folder, epoch).exists():
             loader.batch_sampler.epoch = epoch
-            pairs = [
-                torch.stack([backbone(view.to(args.device)) for view in views]).cpu()
-                for views in progress_bar(loader, f"features of epoch {epoch}'s views")
-            ]
+            bar = progress_bar(loader, f"features of epoch {epoch}'s views")
+            pairs = [torch.stack(backbone(views).chunk(2)).cpu() for views in bar]
             _save(_path(folder, epoch), torch.cat(pairs, dim=1))
     for name in ("query", "database"):
         if not (folder / f"{name}.npy").exists():
-            images = data.test_loader(getattr(splits, name), args.image_size, args.batch_size, args.num_workers)
-            bar = progress_bar(images, f"features of the {name}")
-            _save(folder / f"{name}.npy", torch.cat([backbone(batch.to(args.device)).cpu() for batch in bar]))
+            bar = progress_bar(Computed(backbone, getattr(splits, name), args), f"features of the {name}")
+            _save(folder / f"{name}.npy", torch.cat([batch.float().cpu() for batch in bar]))
 
 
 def _fingerprint(splits: data.Splits, backbone: Backbone) -> str:
@@ -88,18 +95,18 @@ def _save(path: Path, features: Tensor) -> None:
 
 
 class BankedViews:
-    """Both views' features batch by batch, as `data.train_loader` gives the views; `batch_sampler.epoch` says whose."""
+    """Features of views batch by batch as `data.train_loader` gives the views; `batch_sampler.epoch` says whose."""
 
-    def __init__(self, folder: Path, n: int, batch_size: int) -> None:
-        self.folder, self.n, self.batch_size = folder, n, batch_size
+    def __init__(self, folder: Path, n: int, args: Namespace) -> None:
+        self.folder, self.n, self.batch_size, self.device = folder, n, args.batch_size, args.device
         self.batch_sampler = Namespace(epoch=0)
 
     def __len__(self) -> int:
         return -(-self.n // self.batch_size)
 
-    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
-        views = torch.from_numpy(read_array(_path(self.folder, self.batch_sampler.epoch)))  # [2, n, F]
-        return zip(*(view.split(self.batch_size) for view in views), strict=True)
+    def __iter__(self) -> Iterator[Tensor]:
+        views = torch.from_numpy(read_array(_path(self.folder, self.batch_sampler.epoch))).to(self.device)  # [2, n, F]
+        return (batch.flatten(0, 1) for batch in views.split(self.batch_size, dim=1))
 
 
 def train_on_bank(folder: Path, splits: data.Splits, model: MeCoQ, args: Namespace, output: Path) -> list[dict]:
@@ -116,7 +123,7 @@ def train_on_bank(folder: Path, splits: data.Splits, model: MeCoQ, args: Namespa
         db_codes = model.quantizer.hard_codes(model(database.to(args.device)))
         return engine.measure(retrieval.mean_average_precision, model.quantizer, queries, db_codes, splits, args)
 
-    views = BankedViews(folder, len(splits.train), args.batch_size)
+    views = BankedViews(folder, len(splits.train), args)
     files = Files(output, args.notes)
     files.checkpoints.mkdir(parents=True, exist_ok=True)
     return engine.train(model, views, validation, args, files, engine.Stopwatch(), None)

@@ -1,10 +1,13 @@
-"""What goes in? Data sets and their protocols, the two augmented views, loaders."""
+"""What goes in? Data sets and their protocols, loaders."""
 
 import hashlib
+import math
 import os
 import pickle
+from argparse import Namespace
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -12,15 +15,17 @@ import sklearn.datasets
 import torch
 from PIL import Image
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler
 from torchvision import transforms
 from torchvision.datasets import CIFAR10
+from torchvision.transforms.functional import pil_to_tensor
 
+import views
 from lists import ImageFiles, find_bad_images, read_flickr25k, read_nuswide
-from utils import LOG, InputError, sample_seed
+from utils import LOG, InputError, by_chunks, sample_seed
 
 NOT_COMPARABLE = "Results are not comparable with published ones."
-IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+TEST_BATCH = 128  # images, whatever --batch_size: rounding must not depend on it
 
 
 @dataclass(frozen=True)
@@ -38,6 +43,9 @@ class Images:
 
     def subset(self, indices: np.ndarray) -> "Images":
         return Images(self.pixels[indices], self.labels[indices])
+
+    def joined(self, other: "Images") -> "Images":
+        return Images(np.concatenate([self.pixels, other.pixels]), np.concatenate([self.labels, other.labels]))
 
 
 @dataclass(frozen=True)
@@ -302,38 +310,7 @@ def _only_sound(splits: Splits, skip_bad_images: bool, num_workers: int) -> Spli
     return replace(kept, canonical=False)
 
 
-# ---------------------------------------------------------------- views and loaders
-
-
-def view_transform(image_size: int, mirrored: bool) -> transforms.Compose:
-    """The random augmentation that makes a view: PIL image -> `[3, S, S]` float32."""
-    return transforms.Compose(
-        [
-            transforms.RandomResizedCrop(image_size, scale=(0.5, 1.0)),
-            transforms.RandomHorizontalFlip(p=0.5 if mirrored else 0.0),
-            transforms.RandomApply([transforms.ColorJitter(0.4, 0.4, 0.4, 0.1)], p=0.7),
-            transforms.RandomGrayscale(p=0.2),
-            transforms.RandomApply([transforms.GaussianBlur(3, sigma=(0.1, 2.0))], p=0.5),
-            transforms.ToTensor(),
-            transforms.Normalize(IMAGENET_MEAN, IMAGENET_STD),
-        ]
-    )
-
-
-def test_transform(image_size: int, photos: bool = False) -> transforms.Compose:
-    """What queries and database images go through: PIL image -> `[3, S, S]` float32.
-
-    Square images of a data set are resized to S; photos, whose sides differ, to 256 / 224 S (the shorter side), and
-    the centre is cut out.
-    """
-    photo_resize = [transforms.Resize(round(image_size * 256 / 224)), transforms.CenterCrop(image_size)]
-    return transforms.Compose(
-        [
-            *(photo_resize if photos else [transforms.Resize((image_size, image_size))]),
-            transforms.ToTensor(),
-            transforms.Normalize(IMAGENET_MEAN, IMAGENET_STD),
-        ]
-    )
+# ---------------------------------------------------------------- loaders
 
 
 class ShuffledBatches(Sampler[list[tuple[int, int]]]):
@@ -356,26 +333,115 @@ class ShuffledBatches(Sampler[list[tuple[int, int]]]):
             yield [(index, sample_seed(self.seed, self.epoch, index)) for index in batch]
 
 
-class TwoViews(Dataset):
-    """(image, seed) -> two independent views of the image, drawn from the seed."""
+class SeededViews(Dataset):
+    """(image, seed) -> `draw(image, seed)`."""
 
-    def __init__(self, images: Images | ImageFiles, transform: transforms.Compose) -> None:
-        self.images, self.transform = images, transform
+    def __init__(self, draw: Callable[[int, int], tuple[Tensor, ...]]) -> None:
+        self.draw = draw
 
-    def __getitem__(self, key: tuple[int, int]) -> tuple[Tensor, Tensor]:
-        index, seed = key
-        picture = self.images.picture(index)
-        with torch.random.fork_rng(devices=[]):  # torchvision draws from the global generator
-            torch.default_generator.manual_seed(seed)
-            return self.transform(picture), self.transform(picture)
+    def __getitem__(self, key: tuple[int, int]) -> tuple[Tensor, ...]:
+        return self.draw(*key)
 
 
-class TestImages(Dataset):
+def pil_views(images: Images | ImageFiles, transform: transforms.Compose, index: int, seed: int) -> tuple[Tensor]:
+    """Both views of an image, `[2, 3, S, S]`."""
+    picture = images.picture(index)
+    with torch.random.fork_rng(devices=[]):  # torchvision draws from the global generator
+        torch.default_generator.manual_seed(seed)
+        return (torch.stack([transform(picture), transform(picture)]),)
+
+
+def photo_views(images: ImageFiles, mirrored: bool, image_size: int, index: int, seed: int) -> tuple[Tensor, Tensor]:
+    """What `views.augment_crops` makes two views of: crops `[2, 3, S, S]` uint8 and the views' numbers."""
+    with images.opened(index) as photo:
+        width, height = photo.size
+        sizes = torch.tensor([[height, height], [width, width]])
+        drawn = views.draw_views(*sizes, mirrored, torch.Generator().manual_seed(seed))
+        enough = image_size / float(drawn[:, views.CROP][:, 2:].min())  # a crop that is larger than S may be decoded at
+        photo.draft("RGB", (math.ceil(enough * width), math.ceil(enough * height)))  # a half, a quarter or an eighth
+        pixels = pil_to_tensor(photo.convert("RGB"))
+    scale = pixels.shape[2] / width
+    return torch.stack([views.crop_view(pixels, numbers, scale, image_size) for numbers in drawn]), drawn
+
+
+class SmallViews(IterableDataset):
+    """Batches of what `views.augment_small` makes two views of: `[2N, H, W, 3]` uint8 and the views' numbers, which are
+    drawn for a whole epoch at once: image by image that takes as long as all the rest."""
+
+    def __init__(self, images: Images, mirrored: bool, batches: ShuffledBatches) -> None:
+        self.images, self.mirrored, self.batches = images, mirrored, batches
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        n, height, width, _ = self.images.pixels.shape
+        generator = torch.Generator().manual_seed(sample_seed(self.batches.seed, self.batches.epoch, n))
+        sizes = torch.tensor([[height], [width]]).expand(2, 2 * n)
+        drawn = views.draw_views(*sizes, self.mirrored, generator).view(2, n, -1)
+        for batch in self.batches:
+            rows = [index for index, _ in batch]
+            yield torch.from_numpy(self.images.pixels[rows]).repeat(2, 1, 1, 1), drawn[:, rows].flatten(0, 1)
+
+
+def views_first(items: list[tuple[Tensor, ...]]) -> list[Tensor]:
+    """Tensors `[2, ...]` of N images -> `[2N, ...]`: all first views, then all second ones."""
+    return [torch.stack(tensors, dim=1).flatten(0, 1) for tensors in zip(*items, strict=True)]
+
+
+class TwoViews:
+    """Batches of both views of the training images, `[2N, 3, S, S]` float32 on a device, all first views first; set
+    `batch_sampler.epoch` before each pass."""
+
+    def __init__(
+        self, loader: DataLoader, batch_sampler: ShuffledBatches, augment: Callable[..., Tensor], device: str
+    ) -> None:
+        self.loader, self.batch_sampler, self.augment, self.device = loader, batch_sampler, augment, device
+
+    def __len__(self) -> int:
+        return len(self.batch_sampler)
+
+    def __iter__(self) -> Iterator[Tensor]:
+        for images, *drawn in self.loader:
+            yield self.augment(images.to(self.device, non_blocking=True), *drawn)
+
+
+def train_loader(splits: Splits, args: Namespace) -> TwoViews:
+    """Both views of the training images, in batches, as `--views`, `--image_size`, `--batch_size`, `--num_workers`,
+    `--seed` and `--device` say.
+
+    "pil": views are made image by image in workers. "batched": workers decode and crop images on disk, all else happens
+    on the device; images in memory need no workers.
+    """
+    images, S = splits.train, args.image_size
+    batches = ShuffledBatches(len(images), args.batch_size, args.seed)
+    if args.views == "batched" and isinstance(images, Images):
+        augment = partial(by_chunks, partial(views.augment_small, image_size=S))
+        small = SmallViews(images, splits.mirrored, batches)
+        loader = DataLoader(small, batch_size=None, **_loader_options(args) | {"num_workers": 0})
+    else:
+        if args.views == "batched":
+            draw, augment = partial(photo_views, images, splits.mirrored, S), partial(by_chunks, views.augment_crops)
+        else:
+            draw, augment = partial(pil_views, images, views.view_transform(S, splits.mirrored)), lambda x: x
+        loader = DataLoader(SeededViews(draw), batch_sampler=batches, collate_fn=views_first, **_loader_options(args))
+    return TwoViews(loader, batches, augment, args.device)
+
+
+def photo_transform(image_size: int) -> transforms.Compose:
+    """What queries and database images on disk go through: the shorter side is resized to 256 / 224 S and the centre
+    cut out. PIL image -> `[3, S, S]` float32."""
+    return transforms.Compose(
+        [
+            transforms.Resize(round(image_size * 256 / 224)),
+            transforms.CenterCrop(image_size),
+            transforms.ToTensor(),
+            transforms.Normalize(views.IMAGENET_MEAN, views.IMAGENET_STD),
+        ]
+    )
+
+
+class Photos(Dataset):
     """index -> the image as test images are seen."""
 
-    __test__ = False  # not a pytest class
-
-    def __init__(self, images: Images | ImageFiles, transform: transforms.Compose) -> None:
+    def __init__(self, images: ImageFiles, transform: transforms.Compose) -> None:
         self.images, self.transform = images, transform
 
     def __len__(self) -> int:
@@ -385,24 +451,22 @@ class TestImages(Dataset):
         return self.transform(self.images.picture(index))
 
 
-def train_loader(
-    splits: Splits, image_size: int, batch_size: int, num_workers: int, seed: int, pin_memory: bool = False
-) -> DataLoader:
-    """Batches of two views `[B, 3, S, S]` each of the training images; set `batch_sampler.epoch` before each pass."""
-    dataset = TwoViews(splits.train, view_transform(image_size, splits.mirrored))
-    batches = ShuffledBatches(len(splits.train), batch_size, seed)
-    return DataLoader(dataset, batch_sampler=batches, **_loader_options(num_workers, pin_memory))
+def test_batches(images: Images | ImageFiles, args: Namespace) -> Iterator[Tensor]:
+    """Test images in their order, in batches `[B, 3, S, S]` of at most `TEST_BATCH`, on the device.
+
+    Those on disk go through `photo_transform` in workers; those in memory are square and resized on the device.
+    """
+    if isinstance(images, ImageFiles):
+        photos = Photos(images, photo_transform(args.image_size))
+        for batch in DataLoader(photos, batch_size=TEST_BATCH, **_loader_options(args)):
+            yield batch.to(args.device, non_blocking=True)
+    else:
+        for start in range(0, len(images), TEST_BATCH):
+            pixels = torch.from_numpy(images.pixels[start : start + TEST_BATCH]).to(args.device)
+            yield by_chunks(partial(views.enlarge, image_size=args.image_size), pixels)
 
 
-def test_loader(
-    images: Images | ImageFiles, image_size: int, batch_size: int, num_workers: int, pin_memory: bool = False
-) -> DataLoader:
-    """Batches `[B, 3, S, S]` of the images in their order."""
-    dataset = TestImages(images, test_transform(image_size, photos=isinstance(images, ImageFiles)))
-    return DataLoader(dataset, batch_size=batch_size, **_loader_options(num_workers, pin_memory))
-
-
-test_transform.__test__ = test_loader.__test__ = False  # not pytest functions
+test_batches.__test__ = False  # not a pytest function
 
 
 def worker_count(num_workers: int) -> int:
@@ -410,6 +474,10 @@ def worker_count(num_workers: int) -> int:
     return min(num_workers, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count())
 
 
-def _loader_options(num_workers: int, pin_memory: bool) -> dict:
+def _loader_options(args: Namespace) -> dict:
     """The loader's own generator decides nothing here, it keeps the global one out of it."""
-    return {"num_workers": worker_count(num_workers), "pin_memory": pin_memory, "generator": torch.Generator()}
+    return {
+        "num_workers": worker_count(args.num_workers),
+        "pin_memory": args.device != "cpu",
+        "generator": torch.Generator(),
+    }

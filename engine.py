@@ -11,12 +11,12 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader
 from torch.utils.tensorboard import SummaryWriter
 
 import data
 import loss
 import retrieval
+from features import Cached, Computed, test_features
 from lists import ImageFiles
 from network import CodebookAttention, MeCoQ, read_state_dict
 from results import (
@@ -28,10 +28,9 @@ from results import (
     read_metrics,
     save_model,
     save_results,
-    sha256,
     versions,
 )
-from utils import LOG, InputError, Patience, RunError, learning_rate, one_line, progress_bar, write_json
+from utils import LOG, InputError, Patience, RunError, learning_rate, one_line, progress_bar, sha256, write_json
 
 
 class Stopwatch:
@@ -86,7 +85,7 @@ def build_scheduler(optimizer: torch.optim.Optimizer, args: Namespace, steps_per
 
 
 def objective(
-    model: MeCoQ, view1: Tensor, view2: Tensor, use_memory: bool, args: Namespace
+    model: MeCoQ, views: Tensor, use_memory: bool, args: Namespace
 ) -> tuple[dict[str, Tensor], Tensor, Tensor]:
     """Eq. 14 without its weight decay, which the optimiser applies.
 
@@ -94,10 +93,10 @@ def objective(
     soft codes `[2N, M, K]`.
 
     Args:
-        view1, view2: `[N, 3, S, S]`.
+        views: `[2N, 3, S, S]`, the first views of N images, then the second ones.
         use_memory: whether the code memory's entries act as negatives, Eq. 12-13.
     """
-    z = model(torch.cat([view1, view2]))  # [2N, D]
+    z = model(views)  # [2N, D]
     quantizer = model.quantizer
     soft_codes, reconstruction = quantizer(z)  # [2N, M, K], [2N, M, d]
     codewords = quantizer.codewords()
@@ -125,26 +124,24 @@ def objective(
 
 def train_epoch(
     model: MeCoQ,
-    loader: DataLoader,
+    loader: data.TwoViews,
     optimizer: torch.optim.Optimizer,
     scheduler: torch.optim.lr_scheduler.LambdaLR,
     epoch: int,
     args: Namespace,
     writer: SummaryWriter | None,
 ) -> dict[str, float]:
-    """One pass over the training images; returns the means over its steps. Raises RunError on a non-finite loss."""
+    """One pass over the training images; returns the means over its steps. Raises RunError on a non-finite loss.
+
+    The host never waits for the device but once in `--log_interval` steps, to read the losses of all of them.
+    """
     model.train()
     loader.batch_sampler.epoch = epoch
     use_memory = model.memory is not None and epoch >= args.queue_begin_epoch
-    sums: dict[str, float] = {}
+    steps = StepLog(epoch, len(loader), args.log_interval, writer)
     bar = progress_bar(loader, f"epoch {epoch}")
     for step, views in enumerate(bar):
-        view1, view2 = (view.to(args.device, non_blocking=True) for view in views)
-        terms, z, soft_codes = objective(model, view1, view2, use_memory, args)
-        scalars = {"lr": scheduler.get_last_lr()[0]} | {name: term.item() for name, term in terms.items()}
-        total = scalars["loss/total_loss"]
-        if not math.isfinite(total):
-            raise RunError(f"the loss became {total} in epoch {epoch}, step {step}: try a smaller --lr or a larger --T")
+        terms, z, soft_codes = objective(model, views, use_memory, args)
         optimizer.zero_grad()
         try:
             terms["loss/total_loss"].backward()
@@ -152,21 +149,60 @@ def train_epoch(
             if "returned nan values" in str(error):  # --detect_anomaly
                 raise RunError(f"{error} in epoch {epoch}, step {step}") from error
             raise
+        steps.add(scheduler.get_last_lr()[0], terms)
+        if steps.last:
+            bar.set_postfix(loss=f"{steps.last['loss/total_loss']:.4f}")
         optimizer.step()
         scheduler.step()
         if model.memory is not None:
             model.remember(z, soft_codes)
+    return steps.means()
+
+
+class StepLog:
+    """The losses of an epoch's steps: left on the device, read every `interval` steps all at once, and passed on to
+    TensorBoard, each with the step it was of.
+
+    `last` holds the newest values that were read, by tag.
+    """
+
+    def __init__(self, epoch: int, steps: int, interval: int, writer: SummaryWriter | None) -> None:
+        self.epoch, self.steps, self.interval, self.writer = epoch, steps, interval, writer
+        self.waiting: list[tuple[float, Tensor]] = []
+        self.read = 0
+        self.sums: dict[str, float] = {}
+        self.last: dict[str, float] = {}
+
+    def add(self, lr: float, terms: dict[str, Tensor]) -> None:
+        """Take a step's terms (scalars by tag). Raises RunError where one that is read now is not finite."""
+        self.names = ["lr", *terms]
+        self.waiting.append((lr, torch.stack([term.detach() for term in terms.values()])))
+        if len(self.waiting) == self.interval or self.read + len(self.waiting) == self.steps:
+            rates, values = zip(*self.waiting, strict=True)
+            self.waiting = []
+            for lr, row in zip(rates, torch.stack(values).tolist(), strict=True):
+                self._note(dict(zip(self.names, [lr, *row], strict=True)))
+
+    def _note(self, scalars: dict[str, float]) -> None:
+        total = scalars["loss/total_loss"]
+        if not math.isfinite(total):
+            place = f"epoch {self.epoch}, step {self.read}"
+            raise RunError(f"the loss became {total} in {place}: try a smaller --lr or a larger --T")
         for name, value in scalars.items():
-            sums[name] = sums.get(name, 0.0) + value
-            if writer:
-                writer.add_scalar(name, value, epoch * len(loader) + step)
-        bar.set_postfix(loss=f"{total:.4f}")
-    return {name: value / len(loader) for name, value in sums.items()}
+            self.sums[name] = self.sums.get(name, 0.0) + value
+            if self.writer:
+                self.writer.add_scalar(name, value, self.epoch * self.steps + self.read)
+        self.read += 1
+        self.last = scalars
+
+    def means(self) -> dict[str, float]:
+        """Of the values of all steps, by tag."""
+        return {name: value / self.steps for name, value in self.sums.items()}
 
 
 def train(
     model: MeCoQ,
-    loader: DataLoader,
+    loader: data.TwoViews,
     validation: Callable[[], float],
     args: Namespace,
     files: Files,
@@ -228,37 +264,45 @@ def naming_checkpoint(path: Path, patience: Patience) -> Iterator[None]:
 
 
 @torch.inference_mode()
-def encode(model: MeCoQ, images: data.Images | ImageFiles, args: Namespace, hard: bool) -> Tensor:
-    """Hard codes `[n, M]` of images, or their embeddings `[n, D]`, on the CPU, in the images' order.
+def encode(model: MeCoQ, images: Computed | Cached, hard: bool) -> Tensor:
+    """Hard codes `[n, M]` of images, or their embeddings `[n, D]`, on the run's device, in the images' order.
 
     Raises RunError where an embedding is not finite: its code would mean nothing.
     """
     model.eval()
-    loader = data.test_loader(images, args.image_size, args.batch_size, args.num_workers, args.device != "cpu")
-    rows = []
-    for batch in progress_bar(loader, "encode database" if hard else "encode queries"):
-        z = model(batch.to(args.device, non_blocking=True))
-        if not z.isfinite().all():
-            raise RunError("the embeddings are not finite numbers: try a smaller --lr or a larger --T")
-        rows.append((model.quantizer.hard_codes(z) if hard else z).cpu())
+    rows, sound = [], []
+    for batch in progress_bar(images, "encode database" if hard else "encode queries"):
+        z = model.embed(batch.float())
+        sound.append(z.isfinite().all())
+        rows.append(model.quantizer.hard_codes(z) if hard else z)
+    if not torch.stack(sound).all():
+        raise RunError("the embeddings are not finite numbers: try a smaller --lr or a larger --T")
     return torch.cat(rows)
 
 
 def test(
-    model: MeCoQ, splits: data.Splits, args: Namespace, db_codes: Tensor | None = None
+    model: MeCoQ,
+    features: dict[str, Computed | Cached],
+    splits: data.Splits,
+    args: Namespace,
+    db_codes: Tensor | None = None,
 ) -> tuple[retrieval.Metrics, Tensor]:
     """Encode queries and database (or take `db_codes` for it), rank, measure. Returns the metrics and the database's
-    codes `[n, M]`."""
+    codes `[n, M]`.
+
+    Args:
+        features: see `features.test_features`.
+    """
     if db_codes is None:
-        db_codes = encode(model, splits.database, args, hard=True)
-    queries = encode(model, splits.query, args, hard=args.symmetric_distance)
+        db_codes = encode(model, features["database"], hard=True)
+    queries = encode(model, features["query"], hard=args.symmetric_distance)
     return measure(retrieval.evaluate, model.quantizer, queries, db_codes, splits, args), db_codes
 
 
-def validate(model: MeCoQ, splits: data.Splits, args: Namespace) -> float:
+def validate(model: MeCoQ, features: dict[str, Computed | Cached], splits: data.Splits, args: Namespace) -> float:
     """MAP@K, as `test` finds it."""
-    queries = encode(model, splits.query, args, hard=args.symmetric_distance)
-    db_codes = encode(model, splits.database, args, hard=True)
+    queries = encode(model, features["query"], hard=args.symmetric_distance)
+    db_codes = encode(model, features["database"], hard=True)
     return measure(retrieval.mean_average_precision, model.quantizer, queries, db_codes, splits, args)
 
 
@@ -283,7 +327,7 @@ def measure(
     with progress_bar(None, "rank queries", total=len(queries)) as bar:
         return metric(
             lambda part: tables(part, codewords),
-            queries.to(args.device),
+            queries,
             db_codes.to(args.device),
             torch.from_numpy(splits.query.labels).to(args.device),
             torch.from_numpy(splits.database.labels).to(args.device),
@@ -302,12 +346,12 @@ def run(model: MeCoQ, splits: data.Splits, args: Namespace, files: Files) -> dic
     """Train, test the best model, and leave every file of a run. Returns what went into `metrics.json`."""
     watch = Stopwatch()
     write_json(files.checkpoints / "config.json", vars(args))
+    with watch.measure("features"):
+        known = test_features(model.backbone, splits, args)
     writer = None if args.disable_writer else SummaryWriter(str(files.tensorboard))
-    loader = data.train_loader(
-        splits, args.image_size, args.batch_size, args.num_workers, args.seed, args.device != "cpu"
-    )
+    loader = data.train_loader(splits, args)
     try:
-        history = train(model, loader, lambda: validate(model, splits, args), args, files, watch, writer)
+        history = train(model, loader, lambda: validate(model, known, splits, args), args, files, watch, writer)
     finally:
         if writer:
             writer.close()
@@ -318,7 +362,7 @@ def run(model: MeCoQ, splits: data.Splits, args: Namespace, files: Files) -> dic
             raise RunError(f"{files.model} changed under the run: {error}") from error
     else:
         save_model(model, files.model)
-    return report(model, splits, args, files, watch, history)
+    return report(model, known, splits, args, files, watch, history)
 
 
 def run_test(model: MeCoQ, splits: data.Splits, args: Namespace, files: Files) -> dict:
@@ -327,7 +371,13 @@ def run_test(model: MeCoQ, splits: data.Splits, args: Namespace, files: Files) -
     write_json(files.checkpoints / "config.json", vars(args))
     path = Path(args.checkpoint).with_name("db_codes.npy")
     codes = saved_codes(path, model, splits.database, args) if path.exists() and args.limit is None else None
-    return report(model, splits, args, files, Stopwatch(), [], codes)
+    watch = Stopwatch()
+    with watch.measure("features"):
+        if codes is None:
+            known = test_features(model.backbone, splits, args)
+        else:  # the queries once: not worth a cache
+            known = {"query": Computed(model.backbone, splits.query, args)}
+    return report(model, known, splits, args, files, watch, [], codes)
 
 
 def saved_codes(path: Path, model: MeCoQ, database: data.Images | ImageFiles, args: Namespace) -> Tensor:
@@ -353,7 +403,8 @@ def saved_codes(path: Path, model: MeCoQ, database: data.Images | ImageFiles, ar
     if model_of_codes not in (None, sha256(Path(args.checkpoint))):
         raise InputError(f"{path} was made with another model than --checkpoint: {advice}")
     probe = np.linspace(0, len(database), min(64, len(database)), endpoint=False).astype(int)
-    anew = encode(model, database.subset(probe), args, hard=True).numpy()
+    model.eval()
+    anew = encode(model, Computed(model.backbone, database.subset(probe), args), hard=True).cpu().numpy()
     agree, chance = (float((anew == np.roll(codes[probe], shift, axis=0)).mean()) for shift in (0, 1))
     if agree < chance + 0.8 * (1 - chance):  # rounding differs between devices, a model's codes do not
         raise InputError(f"{path}: only {agree:.0%} of the codes of {len(probe)} images are the checkpoint's: {advice}")
@@ -363,6 +414,7 @@ def saved_codes(path: Path, model: MeCoQ, database: data.Images | ImageFiles, ar
 
 def report(
     model: MeCoQ,
+    features: dict[str, Computed | Cached],
     splits: data.Splits,
     args: Namespace,
     files: Files,
@@ -373,12 +425,12 @@ def report(
     """Test the model, log and write every result. Returns what went into `metrics.json`."""
     digest = sha256(Path(args.checkpoint) if args.test_only else files.model)  # before the test: a file may be replaced
     with watch.measure("test"):
-        metrics, db_codes = test(model, splits, args, db_codes)
+        metrics, db_codes = test(model, features, splits, args, db_codes)
     LOG.info("test mAP=%.6f", metrics.map)
     precisions = metrics.p_at_k[1].tolist()
     ranks = [rank for rank in (1, 10, 100, 1000, 5000) if rank <= len(precisions)]
     LOG.info("test %s", ", ".join(f"P@{rank}={precisions[rank - 1]:.6f}" for rank in ranks))
-    save_results(metrics, db_codes, splits.database.labels, args, files)
+    save_results(metrics, db_codes.cpu(), splits.database.labels, args, files)
     results = {
         "map": metrics.map,
         "topK": args.topK,

@@ -30,17 +30,27 @@ class ImageFiles:
     def __len__(self) -> int:
         return len(self.names)
 
-    def picture(self, index: int) -> Image.Image:
-        """Raises RunError naming the file where it can no longer be read: it could when the run began."""
+    @contextmanager
+    def opened(self, index: int) -> Iterator[Image.Image]:
+        """An image that is not decoded yet. Raises RunError naming the file where it can no longer be read: it could
+        when the run began."""
         path = self.root / self.names[index]
         try:
             with _opened(path) as image:
-                return image.convert("RGB")
+                yield image
         except Exception as error:  # a damaged image can raise nearly anything
             raise RunError(f"{path} became unreadable during the run ({one_line(error)})") from error
 
+    def picture(self, index: int) -> Image.Image:
+        with self.opened(index) as image:
+            return image.convert("RGB")
+
     def subset(self, indices: np.ndarray) -> "ImageFiles":
         return ImageFiles(self.root, self.names[indices], self.labels[indices])
+
+    def joined(self, other: "ImageFiles") -> "ImageFiles":
+        both = (np.concatenate(pair) for pair in ((self.names, other.names), (self.labels, other.labels)))
+        return ImageFiles(self.root, *both)
 
 
 # ---------------------------------------------------------------- lists

@@ -16,6 +16,7 @@ def log_negative_term(
     log_positive: Tensor,
     T: float,
     pos_prior: float,
+    n: int,
     n_batch: int | None = None,
     debias_memory: bool = True,
     bound: str = "dcl",
@@ -28,14 +29,13 @@ def log_negative_term(
     (rho = 0) it is the sum alone.
 
     Args:
-        log_negatives: `[B, n]`, s-_j / tau; -inf where a column is no negative of that row, the same number
-            in every row.
+        log_negatives: `[B, n]` or more columns, s-_j / tau; -inf where a column is no negative of that row.
         log_positive: `[B]`, s+ / tau; or `[B, 1]`, which pairs each positive with every row of negatives: `[B, B]`.
+        n: how many negatives a row has. It is not counted here: that would make the host wait for the device.
         n_batch: how many of the n are of the batch, not of the memory; all by default.
         debias_memory: False: the n of the correction is `n_batch`, as in the released code.
         bound: "dcl", as above, or "release": exp(-n_batch / tau), practically 0.
     """
-    n = int((log_negatives[:1] > -math.inf).sum())
     if n == 0:
         return torch.full_like(log_positive, -math.inf)
     total = log_negatives.logsumexp(dim=1)
@@ -91,7 +91,10 @@ def contrastive_loss(
     if pairing == "all":
         log_positive = log_positive[:, None]  # [2N, 1]: against [2N] negative terms, a table
     n_batch = len(queries) - 2
-    log_negative = log_negative_term(log_negatives, log_positive, T, pos_prior, n_batch, debias_memory, negative_bound)
+    n = log_negatives.shape[1] - 2  # without the query itself and its positive
+    log_negative = log_negative_term(
+        log_negatives, log_positive, T, pos_prior, n, n_batch, debias_memory, negative_bound
+    )
     return (torch.logaddexp(log_positive, log_negative) - log_positive).mean()
 
 

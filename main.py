@@ -70,6 +70,11 @@ def _add_run_flags(group: argparse._ArgumentGroup) -> None:
     add("--device", default="cpu", help="cpu, cuda or cuda:N (default: %(default)s)")
     add("--seed", type=int, default=2021, help="seed of splits, weights, order and views (default: %(default)s)")
     add("--output", default=".", metavar="DIR", help="logs/ and checkpoints/ go below it (default: current folder)")
+    add("--log_interval", type=int, default=20,
+        help="steps after which their losses are read from the device, all at once (default: %(default)s)")
+    add("--feature_cache", default=".cache", metavar="DIR",
+        help="keeps what the frozen layers make of test images, for all runs that share it; off: compute it again for "
+        "every test (default: %(default)s)")
     add("--disable_writer", action="store_true", help="write no TensorBoard files")
     add("--test_only", action="store_true", help="train nothing: test the model of --checkpoint")
     add("--checkpoint", metavar="PATH",
@@ -93,6 +98,9 @@ def _add_data_flags(group: argparse._ArgumentGroup) -> None:
         help="leave out image files that are missing or do not decode, instead of stopping before the run")
     add("--download_cifar10", action="store_true", help="download CIFAR-10 first if it is not there")
     add("--image_size", type=int, default=224, help="S, side of the network's input in pixels (default: %(default)s)")
+    add("--views", choices=["batched", "pil"], default="batched",
+        help="augment images one by one with Pillow, or in batches on the device: the same but for rounding "
+        "(default: %(default)s)")
     add("--num_workers", type=int, default=10,
         help="processes that prepare images, at most one a core is started (default: %(default)s)")
     add("--limit", type=int, metavar="N", help="use N images a split only, to try things out (default: all)")
@@ -249,7 +257,7 @@ def check(args: Namespace) -> None:
     for flag, value in vars(args).items():
         require(not isinstance(value, float) or math.isfinite(value), flag, "must be a finite number")
         require(not isinstance(value, int) or value < 2**32, flag, "is beyond any machine")
-    for flag in ("image_size", "feat_dim", "M", "queue_size", "eval_interval", "monitor_counter"):
+    for flag in ("image_size", "feat_dim", "M", "queue_size", "eval_interval", "monitor_counter", "log_interval"):
         require(getattr(args, flag) >= 1, flag, "must be at least 1")
     for flag in ("limit", "topK"):
         require(getattr(args, flag) is None or getattr(args, flag) >= 1, flag, "must be at least 1")

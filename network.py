@@ -12,24 +12,25 @@ import torch.nn.functional as F
 import torchvision
 from torch import Tensor, nn
 
-from utils import InputError
-
-CPU_CHUNK = 32  # images
+from utils import InputError, by_chunks
 
 # ---------------------------------------------------------------- backbones
 
 
 class Backbone(nn.Module):
-    """Images `[B, 3, S, S]` -> features `[B, dim]`: a frozen prefix, then the trained blocks.
+    """Images `[B, 3, S, S]` -> features `[B, dim]`: frozen blocks, then the trained ones.
 
-    `net` keeps the names that torchvision gives its parameters. The frozen prefix runs without gradients, in
-    bfloat16 if asked; its dropout is active in training mode, its batch statistics never change.
+    `net` keeps the names that torchvision gives its parameters. The frozen blocks run without gradients, in bfloat16
+    if asked; their dropout is active in training mode, their batch statistics never change. The first of them are the
+    prefix, whose output for a test image can be kept (`features.py`): all of the frozen blocks, but for VGG16 with one
+    trained layer, which shares its prefix, the convolutions, with two.
     """
 
     def __init__(self, net: nn.Module, blocks: list[nn.Module], dim: int, trained: int, bf16: bool) -> None:
         super().__init__()
         self.net, self.dim, self.bf16 = net, dim, bf16
         self.split = len(blocks) - trained
+        self.cut = min(self.split, 1) if isinstance(net, torchvision.models.VGG) and trained else self.split
         self.blocks = tuple(blocks)  # a tuple: they are registered in `net` already
         self.net.requires_grad_(False)
         for block in self.blocks[self.split :]:
@@ -43,22 +44,29 @@ class Backbone(nn.Module):
                     module.eval()
         return self
 
-    @torch.no_grad()
-    def frozen(self, x: Tensor) -> Tensor:
-        """What reaches the first trained block, float32."""
+    @torch.inference_mode()
+    def _frozen(self, x: Tensor, start: int, stop: int) -> Tensor:
+        """Through frozen blocks; float32."""
         with torch.autocast(x.device.type, torch.bfloat16) if self.bf16 else nullcontext():
-            for block in self.blocks[: self.split]:
+            for block in self.blocks[start:stop]:
                 x = block(x)
         return x.float()
 
-    def forward(self, x: Tensor) -> Tensor:
+    def prefix(self, x: Tensor) -> Tensor:
+        """Images `[B, 3, S, S]` -> what leaves the prefix `[B, ...]`, float32."""
         x = x.contiguous(memory_format=torch.channels_last)
-        # a CPU is three times as fast on activations that fit its caches, and no gradient needs the whole batch here
-        parts = x.split(CPU_CHUNK) if x.device.type == "cpu" else (x,)
-        x = torch.cat([self.frozen(part) for part in parts])
+        return by_chunks(lambda part: self._frozen(part, 0, self.cut), x)  # a copy, which autograd may keep
+
+    def suffix(self, x: Tensor) -> Tensor:
+        """What leaves the prefix `[B, ...]` -> features `[B, dim]`."""
+        if self.cut < self.split:
+            x = self._frozen(x, self.cut, self.split).clone()
         for block in self.blocks[self.split :]:
             x = block(x)
         return x
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.suffix(self.prefix(x))
 
 
 def _vgg16(net: nn.Module) -> tuple[list[nn.Module], int]:
@@ -293,6 +301,10 @@ class MeCoQ(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Images `[B, 3, S, S]` -> embeddings z `[B, D]`."""
         return self.projection(self.backbone(x))
+
+    def embed(self, x: Tensor) -> Tensor:
+        """What leaves the backbone's prefix `[B, ...]` -> embeddings z `[B, D]`."""
+        return self.projection(self.backbone.suffix(x))
 
     def remember(self, z: Tensor, soft_codes: Tensor) -> None:
         """Enqueue embeddings `[B, D]` with their soft codes `[B, M, K]`, in the form that the memory keeps."""

@@ -1,6 +1,5 @@
 """What does a run leave? Its files, and how they are read again."""
 
-import hashlib
 import json
 import math
 import platform
@@ -17,7 +16,7 @@ import torchvision
 from torch import Tensor, nn
 
 from retrieval import Metrics
-from utils import InputError, atomic_write, one_line
+from utils import InputError, atomic_write, one_line, sha256
 
 
 @dataclass
@@ -82,7 +81,10 @@ def read_metrics(path: Path) -> dict:
 
 
 # flags that say where and how a run goes, not what comes out
-NEUTRAL = {"device", "disable_writer", "download_cifar10", "notes", "num_workers", "output", "skip_finished"}
+NEUTRAL = {
+    "device", "disable_writer", "download_cifar10", "feature_cache", "log_interval", "notes", "num_workers", "output",
+    "skip_finished",
+}  # fmt: skip
 
 
 def is_finished(files: Files, args: Namespace) -> bool:
@@ -101,11 +103,6 @@ def is_finished(files: Files, args: Namespace) -> bool:
         raise InputError(f"{files.checkpoints} holds a run with {values}: give this one another --output or --notes")
     model = Path(args.checkpoint) if args.test_only else files.model
     return model.exists() and metrics.get("model_sha256") == sha256(model)
-
-
-def sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def code_bits(args: Namespace) -> int:

@@ -1,6 +1,7 @@
 """What does everyone need? Errors, seeding, logging, the learning-rate schedule, patience, atomic files."""
 
 import argparse
+import hashlib
 import json
 import logging
 import math
@@ -15,6 +16,7 @@ from typing import IO, Any, NoReturn
 
 import numpy as np
 import torch
+from torch import Tensor
 from tqdm import tqdm
 
 LOG = logging.getLogger("mecoq")
@@ -81,6 +83,16 @@ def learning_rate(
         return start + (base - start) * step / max(warmup - 1, 1)
     progress = (step - warmup) / max(epochs * steps_per_epoch - warmup, 1)
     return final + (base - final) * (1 + math.cos(math.pi * progress)) / 2
+
+
+CPU_CHUNK = 32  # images: about what a CPU's caches hold the activations of
+
+
+def by_chunks(function: Callable[..., Tensor], *tensors: Tensor) -> Tensor:
+    """`function` of tensors with a row an image; on a CPU of `CPU_CHUNK` rows at a time, which is two to three times
+    as fast."""
+    rows = CPU_CHUNK if tensors[0].device.type == "cpu" else max(len(tensors[0]), 1)
+    return torch.cat([function(*part) for part in zip(*(tensor.split(rows) for tensor in tensors), strict=True)])
 
 
 class Patience:
@@ -169,6 +181,12 @@ def write_json(path: Path, content: dict) -> None:
     with atomic_write(path, "w") as file:
         json.dump(content, file, indent=2)
         file.write("\n")
+
+
+def sha256(path: Path) -> str:
+    """Of a file's content, in hexadecimal."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def check_writable(folder: Path) -> None:

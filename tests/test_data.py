@@ -3,6 +3,7 @@ import json
 import pickle
 import re
 import shutil
+from argparse import Namespace
 
 import numpy as np
 import pytest
@@ -11,6 +12,7 @@ from conftest import GOLDEN
 from PIL import Image
 
 import data
+import views
 from utils import InputError
 
 
@@ -230,8 +232,12 @@ def pictures(n=23):
     return data.Splits(splits, splits, splits)
 
 
-def one_epoch(epoch, workers=0, seed=1, batch_size=5):
-    loader = data.train_loader(pictures(), 32, batch_size, workers, seed)
+def options(**changes):
+    return Namespace(**{"image_size": 32, "batch_size": 5, "num_workers": 0, "seed": 1, "device": "cpu"} | changes)
+
+
+def one_epoch(epoch, workers=0, seed=1, batch_size=5, kind="batched"):
+    loader = data.train_loader(pictures(), options(batch_size=batch_size, num_workers=workers, seed=seed, views=kind))
     loader.batch_sampler.epoch = epoch
     return list(loader)
 
@@ -246,17 +252,17 @@ def test_batches_hold_every_image_once_and_the_last_is_smaller():
     assert [i for b in sampler for i, _ in b] != [i for b in batches for i, _ in b]
 
 
-def test_views_depend_on_seed_and_epoch_but_not_on_workers():
+@pytest.mark.parametrize("kind", ["batched", "pil"])
+def test_views_depend_on_seed_and_epoch_but_not_on_workers(kind):
     before = torch.random.get_rng_state()
-    first = one_epoch(0)
+    first = one_epoch(0, kind=kind)
     assert torch.equal(before, torch.random.get_rng_state())
-    for a, b in zip(first, one_epoch(0, workers=2), strict=True):
-        assert torch.equal(a[0], b[0])
-        assert torch.equal(a[1], b[1])
-    assert not torch.equal(first[0][0], one_epoch(1)[0][0])
-    assert not torch.equal(first[0][0], one_epoch(0, seed=2)[0][0])
-    assert not torch.equal(first[0][0], first[0][1])
-    assert first[0][0].shape == (5, 3, 32, 32)
+    for a, b in zip(first, one_epoch(0, workers=2, kind=kind), strict=True):
+        assert torch.equal(a, b)
+    assert not torch.equal(first[0], one_epoch(1, kind=kind)[0])
+    assert not torch.equal(first[0], one_epoch(0, seed=2, kind=kind)[0])
+    assert not torch.equal(*first[0].chunk(2))
+    assert [batch.shape for batch in first] == [(10, 3, 32, 32)] * 4 + [(6, 3, 32, 32)]
 
 
 def share(transform, picture, test, n=400):
@@ -266,8 +272,8 @@ def share(transform, picture, test, n=400):
 def test_views_are_drawn_as_described():
     """Shares of grey and of mirrored views, on pictures where each shows."""
     red = Image.new("RGB", (32, 32), (200, 40, 40))
-    view = data.view_transform(32, mirrored=True)
-    std, mean = (torch.tensor(values)[:, None, None] for values in (data.IMAGENET_STD, data.IMAGENET_MEAN))
+    view = views.view_transform(32, mirrored=True)
+    std, mean = (torch.tensor(values)[:, None, None] for values in (views.IMAGENET_STD, views.IMAGENET_MEAN))
     undo = lambda x: x * std + mean  # noqa: E731
     grey = share(view, red, lambda x: (undo(x).amax(0) - undo(x).amin(0)).max() < 0.02)
     assert grey == pytest.approx(0.2, abs=0.07)
@@ -277,24 +283,17 @@ def test_views_are_drawn_as_described():
     ramp = Image.fromarray(np.repeat(np.arange(0, 256, 8, dtype=np.uint8)[None, :, None], 32, 0).repeat(3, 2))
     rising = lambda x: x[:, :, -1].mean() > x[:, :, 0].mean()  # noqa: E731
     assert share(view, ramp, rising) == pytest.approx(0.5, abs=0.08)
-    assert share(data.view_transform(32, mirrored=False), ramp, rising) == 1.0
-
-
-def test_test_images_are_resized_and_normalised():
-    picture = Image.new("RGB", (32, 32), (255, 0, 0))
-    x = data.test_transform(64)(picture)
-    assert x.shape == (3, 64, 64)
-    np.testing.assert_allclose(x[:, 10, 10], [(1 - 0.485) / 0.229, -0.456 / 0.224, -0.406 / 0.225], rtol=1e-5)
+    assert share(views.view_transform(32, mirrored=False), ramp, rising) == 1.0
 
 
 def test_photos_are_resized_by_their_shorter_side_and_cut():
     """A picture twice as wide as high: its outer quarters are cut off, and an eighth of what is left on each side."""
     picture = Image.new("RGB", (512, 256), (0, 0, 255))
     picture.paste((255, 0, 0), (144, 16, 368, 240))  # the 224 x 224 in the middle
-    x = data.test_transform(224, photos=True)(picture)
+    x = data.photo_transform(224)(picture)
     assert x.shape == (3, 224, 224)
     np.testing.assert_allclose(x[0], (1 - 0.485) / 0.229, rtol=1e-5)
-    assert data.test_transform(64, photos=True)(picture).shape == (3, 64, 64)
+    assert data.photo_transform(64)(picture).shape == (3, 64, 64)
 
 
 def test_real_images_load_with_their_labels(real_cifar10_root):

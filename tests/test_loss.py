@@ -65,7 +65,7 @@ def test_lower_bound_takes_over_where_debiasing_would_go_below_zero():
 def test_negative_term_in_float32_at_a_low_temperature():
     """200 negatives at s- = 0.86, s+ = 1, tau = 0.05: the corrected sum is below the bound, which must hold."""
     log_negatives, log_positive = torch.full((1, 200), 0.86 / 0.05), torch.tensor([1 / 0.05])
-    ours = loss.log_negative_term(log_negatives, log_positive, T=0.05, pos_prior=0.2)
+    ours = loss.log_negative_term(log_negatives, log_positive, T=0.05, pos_prior=0.2, n=200)
     assert math.exp(0.86 / 0.05) < 0.2 * math.exp(1 / 0.05)
     assert float(ours) == pytest.approx(math.log(200) - 1 / 0.05, rel=1e-6)
 

@@ -43,7 +43,15 @@ def refused(capsys, *flags):
 def test_defaults(capsys):
     config = dry_run(capsys)
     assert {name: config[name] for name in DEFAULTS} == DEFAULTS
-    assert set(config) - set(DEFAULTS) == {"notes", "data_root", "list_root", "dry_run"}
+    assert set(config) - set(DEFAULTS) == {
+        "notes",
+        "data_root",
+        "list_root",
+        "dry_run",
+        "feature_cache",
+        "views",
+        "log_interval",
+    }
 
 
 def test_dry_run_touches_neither_data_nor_device_nor_disk(tmp_path):

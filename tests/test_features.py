@@ -1,0 +1,325 @@
+"""The cache of test images' features: never stale, never half, and without effect on a single code."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from test_engine import SMALL, args_of, small_run
+
+import data
+import features
+import main
+from network import build_backbone
+from utils import InputError
+
+FROZEN = [
+    "--backbone",
+    "squeezenet1_0",
+    "--image_size",
+    "32",
+    "--limit",
+    "45",
+    "--epoch_num",
+    "1",
+    "--optimizer",
+    "Adam",
+]
+ROOT = Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory):
+    """Random weights, wide enough that features differ from image to image."""
+    torch.manual_seed(0)
+    net = build_backbone("squeezenet1_0", "random", 0, False).net
+    path = tmp_path_factory.mktemp("weights") / "weights.pth"
+    torch.save({k: v * (1.5 if k.endswith("weight") else 1) for k, v in net.state_dict().items()}, path)
+    return str(path)
+
+
+def written(folder):
+    return {path: (path.stat().st_mtime_ns, path.stat().st_size) for path in Path(folder).rglob("*")}
+
+
+def frozen_args(weights, *flags):
+    return args_of(*FROZEN, "--weights", weights, *flags)
+
+
+def known(args):
+    splits, model = main.build(args)
+    model.eval()
+    sources = features.test_features(model.backbone, splits, args)
+    return {name: torch.cat([batch.float() for batch in source]) for name, source in sources.items()}
+
+
+# ---------------------------------------------------------------- the values
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp32"])
+@pytest.mark.parametrize("trained", ["0", "2"])
+def test_a_run_gives_the_same_codes_with_and_without(trained, precision, weights, tmp_path):
+    flags = [*FROZEN, "--weights", weights, "--precision", precision, "--trainable_layer_num", trained]
+    flags += ["--M", "16", "--K", "256", "--feat_dim", "64"]
+    folders = {
+        name: small_run(tmp_path, *flags, "--feature_cache", cache, notes=name)
+        for name, cache in (("off", "off"), ("fills", str(tmp_path / "cache")), ("reads", str(tmp_path / "cache")))
+    }
+    expected = np.load(folders["off"] / "db_codes.npy")
+    assert len(np.unique(expected, axis=0)) > 3
+    metrics = [json.loads((folder / "metrics.json").read_text()) for folder in folders.values()]
+    for folder, found in zip(folders.values(), metrics, strict=True):
+        np.testing.assert_array_equal(np.load(folder / "db_codes.npy"), expected)
+        assert found["map"] == metrics[0]["map"]
+        assert found["history"] == metrics[0]["history"]
+
+
+def test_features_do_not_depend_on_neighbours(weights, tmp_path):
+    """Cached rows were computed in another order and in other company than a split's."""
+    args = frozen_args(weights, "--limit", "70")
+    computed = known(args)
+    args.feature_cache = str(tmp_path)
+    cached = known(args)
+    for name, values in computed.items():
+        assert torch.equal(cached[name], values)
+        assert len(np.unique(values.numpy(), axis=0)) == 70
+
+
+def test_real_codes_are_the_same_to_the_last_bit(real_cifar10_root, real_data, tmp_path):
+    weights = real_data / "real" / "squeezenet1_0_imagenet_fp16.pth"
+    args = main.resolve(
+        main.build_parser().parse_args(
+            ["--dataset", "CIFAR10", "--protocol", "II", "--data_root", str(real_cifar10_root), "--limit", "500",
+             "--backbone", "squeezenet1_0", "--weights", str(weights), "--image_size", "128", "--feature_cache", "off"]
+        )
+    )  # fmt: skip
+    computed = known(args)
+    args.feature_cache = str(tmp_path)
+    for _ in range(2):
+        assert all(torch.equal(values, computed[name]) for name, values in known(args).items())
+
+
+def test_what_is_kept_is_what_enters_the_first_trained_layer():
+    """VGG16: fc7's output where nothing is trained, else the convolutions', whether fc6 is trained or not."""
+    with torch.device("meta"):
+        for trained, size in ((0, 4096), (1, 25088), (2, 25088)):
+            backbone = build_backbone("vgg16", "random", trained, bf16=False).eval()
+            features_of_two = backbone.prefix(torch.empty(2, 3, 64, 64))
+            assert features_of_two.shape == (2, size)
+            assert backbone.suffix(features_of_two).shape == (2, 4096)
+    assert build_backbone("convnet", "random", 0, bf16=False).cut == 0
+    assert build_backbone("resnet18", "random", 1, bf16=False).cut == 8
+
+
+def test_numbers_beyond_half_precision_are_cut_off(weights):
+    args = frozen_args(weights)
+    splits, model = main.build(args)
+    model.eval()
+    model.backbone.net.features[12].expand3x3.weight.data *= 1e9
+    for batch in features.Computed(model.backbone, splits.query, args):
+        assert batch.isfinite().all()
+        assert batch.max() == torch.finfo(torch.float16).max
+
+
+# ---------------------------------------------------------------- when they count
+
+
+def test_runs_of_all_lengths_recipes_and_seeds_share_a_cache_that_they_do_not_touch(weights, tmp_path):
+    cache = tmp_path / "cache"
+    flags = [*FROZEN, "--limit", "2000", "--weights", weights, "--epoch_num", "0", "--feature_cache", str(cache)]
+    small_run(tmp_path, *flags)
+    before = written(cache)
+    assert len(list(cache.iterdir())) == 1
+    key = json.loads(next(cache.glob("*/key.json")).read_text())["key"]
+    assert key["images"] == 1797
+    for further in (["--M", "4"], ["--recipe", "release"], ["--seed", "3"], ["--batch_size", "7", "--views", "pil"]):
+        small_run(tmp_path, *flags, *further, notes="further")
+    assert written(cache) == before
+
+
+def folder_of(cache, args):
+    """The folder that a run with these flags takes its features from."""
+    before = set(cache.iterdir()) if cache.exists() else set()
+    known(args)
+    return before, set(cache.iterdir())
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        ["--image_size", "40"],
+        ["--precision", "fp32"],
+        ["--trainable_layer_num", "1"],
+        ["--backbone", "resnet18", "--weights", "random"],
+        ["--limit", "44"],
+        "pixels", "weights", "versions", "device", "format",
+    ],
+)  # fmt: skip
+def test_each_thing_that_values_depend_on_makes_another_cache(change, weights, tmp_path, monkeypatch):
+    cache = tmp_path / "cache"
+    flags = ["--feature_cache", str(cache)]
+    known(frozen_args(weights, *flags))
+    if change == "pixels":
+        original = data.load_digits
+
+        def one_level(images):
+            return data.Images(images.pixels ^ np.array(1, dtype=np.uint8), images.labels)
+
+        monkeypatch.setattr(data, "load_digits", lambda seed: original(seed).each(one_level))
+    elif change == "weights":
+        state = torch.load(weights, weights_only=True)
+        state["features.0.bias"][3] += 1e-6
+        weights = str(tmp_path / "changed.pth")
+        torch.save(state, weights)
+    elif change == "versions":
+        monkeypatch.setattr(torch, "__version__", "9.9")
+    elif change == "device":
+        monkeypatch.setattr(features, "device_name", lambda device: "another processor")
+    elif change == "format":
+        monkeypatch.setattr(features, "FORMAT", 0)
+    else:
+        flags += change
+    args = frozen_args(weights, *flags)
+    before, after = folder_of(cache, args)
+    assert len(before) == 1
+    assert len(after) == 2
+    args.feature_cache = "off"
+    off = known(args)
+    args.feature_cache = str(cache)
+    assert all(torch.equal(values, off[name]) for name, values in known(args).items())
+
+
+@pytest.mark.parametrize("change", ["time", "size", "transform"])
+def test_photos_that_changed_make_another_cache(change, photo_root, tmp_path, monkeypatch, weights):
+    from conftest import write_flickr25k
+
+    write_flickr25k(tmp_path, 50)
+    roots = ["--data_root", str(tmp_path / "datasets"), "--list_root", str(tmp_path / "data")]
+    cache = tmp_path / "cache"
+    flags = [*roots, "--dataset", "Flickr25K", "--feature_cache", str(cache), "--num_workers", "0"]
+    known(frozen_args(weights, *flags))
+    path = tmp_path / "datasets" / "Flickr25K" / "mirflickr" / "im7.jpg"
+    if change == "time":
+        os.utime(path, ns=(1, 1))
+    elif change == "size":
+        stat = path.stat()
+        path.write_bytes(path.read_bytes() + b"\0")
+        os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+    else:
+        original = data.photo_transform
+        monkeypatch.setattr(
+            data, "photo_transform", lambda size: data.transforms.Compose(original(size).transforms[1:])
+        )
+    before, after = folder_of(cache, frozen_args(weights, *flags, "--limit", "1000"))
+    assert len(after - before) == 1
+
+
+def truncated(folder):
+    path = folder / "features.npy"
+    path.write_bytes(path.read_bytes()[:-100])
+
+
+def one_bit(folder):
+    path = folder / "features.npy"
+    content = bytearray(path.read_bytes())
+    content[-50] ^= 1
+    path.write_bytes(content)
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        truncated,
+        one_bit,
+        lambda folder: (folder / "key.json").write_text("{"),
+        lambda folder: (folder / "key.json").write_text("[" * 100000),
+        lambda folder: (folder / "key.json").unlink(),
+        lambda folder: (folder / "features.npy").unlink(),
+        lambda folder: (folder / "key.json").write_text((folder / "key.json").read_text().replace('"bf16"', '"fp32"')),
+    ],
+)
+def test_a_damaged_cache_is_made_anew(damage, weights, tmp_path):
+    args = frozen_args(weights, "--feature_cache", str(tmp_path))
+    expected = known(args)
+    folder = next(tmp_path.iterdir())
+    whole = {name: (folder / name).read_bytes() for name in ("features.npy", "key.json")}
+    damage(folder)
+    assert all(torch.equal(values, expected[name]) for name, values in known(args).items())
+    assert whole == {name: (folder / name).read_bytes() for name in whole}
+
+
+# ---------------------------------------------------------------- faults
+
+SLOW = """
+import sys, time
+sys.path.insert(0, {root!r})
+import data, main
+original = data.test_batches
+def slow(*arguments):
+    for batch in original(*arguments):
+        yield batch
+        time.sleep({pause})
+data.test_batches = slow
+sys.exit(main.main(sys.argv[1:]))
+"""
+
+
+def start(pause, *flags):
+    code = SLOW.format(root=str(ROOT), pause=pause)
+    return subprocess.Popen([sys.executable, "-c", code, *flags], stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+
+
+def test_killed_while_writing(weights, tmp_path):
+    cache = tmp_path / "cache"
+    flags = [*SMALL, *FROZEN, "--limit", "200", "--weights", weights, "--epoch_num", "0", "--output", str(tmp_path)]
+    process = start(30, *flags, "--feature_cache", str(cache))
+    deadline = time.monotonic() + 60
+    while not list(cache.glob("*/.features.npy.tmp")) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    time.sleep(0.3)
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    assert process.returncode == -signal.SIGKILL
+    assert list(cache.glob("*/.features.npy.tmp"))
+    assert not list(cache.glob("*/key.json"))
+    args = frozen_args(weights, "--limit", "200")
+    expected = known(args)
+    args.feature_cache = str(cache)
+    assert all(torch.equal(values, expected[name]) for name, values in known(args).items())
+    assert not list(cache.glob("*/.features.npy.tmp"))
+
+
+def test_two_processes_at_once_fill_one_cache(weights, tmp_path):
+    cache = tmp_path / "cache"
+    flags = [*SMALL, *FROZEN, "--limit", "200", "--weights", weights, "--epoch_num", "0", "--feature_cache", str(cache)]
+    processes = [start(1, *flags, "--output", str(tmp_path), "--notes", name) for name in ("a", "b")]
+    outputs = [process.communicate(timeout=120)[0].decode() for process in processes]
+    assert [process.returncode for process in processes] == [0, 0], outputs
+    assert sum("waiting for another process" in output for output in outputs) == 1
+    assert sum("computing the features" in output for output in outputs) == 1
+    small_run(tmp_path, *FROZEN, "--limit", "200", "--weights", weights, "--epoch_num", "0", notes="off")
+    codes = [np.load(tmp_path / "checkpoints" / name / "db_codes.npy") for name in ("off", "a", "b")]
+    np.testing.assert_array_equal(codes[1], codes[0])
+    np.testing.assert_array_equal(codes[2], codes[0])
+
+
+def test_too_little_room_is_said_before_anything_is_computed(weights, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(features.shutil, "disk_usage", lambda path: main.argparse.Namespace(free=2**20))
+    flags = [*SMALL, *FROZEN, "--weights", weights, "--output", str(tmp_path), "--feature_cache", str(tmp_path / "c")]
+    assert main.main(flags) == 2
+    error = capsys.readouterr().err
+    assert "need 0.00 GB" in error
+    assert "--feature_cache DIR" in error
+    assert not list((tmp_path / "c").glob("*/*features*"))
+
+
+def test_a_cache_that_can_not_be_written_is_said_in_one_line(weights, tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(InputError, match="cannot write to"):
+        known(frozen_args(weights, "--feature_cache", str(tmp_path / "file")))

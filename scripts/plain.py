@@ -1,0 +1,143 @@
+"""What does the authors' release do, as far as speed is concerned? Written from its description, not from its code.
+
+Views by Pillow in workers, each through the network on its own; float32; a loss read, and waited for, at every step,
+under anomaly detection; every image encoded again for every test; one full argsort a query for every metric. The other
+side of benchmark.py, and an oracle for tests. What is computed is the paper's method, as everywhere here.
+"""
+
+from argparse import Namespace
+from functools import partial
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+from torchvision import transforms
+
+import data
+import loss
+import retrieval
+import views
+from lists import ImageFiles
+from network import Backbone, MeCoQ
+
+
+def strip(backbone: Backbone) -> torch.nn.Module:
+    """The backbone as one would write it down: float32, blocks one after the other, layers as they come."""
+    net = torch.nn.Sequential(*backbone.blocks)
+    return net.to(memory_format=torch.contiguous_format)
+
+
+def train_loader(splits: data.Splits, args: Namespace) -> DataLoader:
+    """Both views `[2, N, 3, S, S]` of the training images, made by Pillow in workers."""
+    transform = views.view_transform(args.image_size, splits.mirrored)
+    dataset = _Images(splits.train, lambda picture: torch.stack([transform(picture), transform(picture)]))
+    return DataLoader(dataset, args.batch_size, shuffle=True, num_workers=data.worker_count(args.num_workers))
+
+
+class _Images(Dataset):
+    def __init__(self, images: data.Images | ImageFiles, transform: transforms.Compose) -> None:
+        self.images, self.transform = images, transform
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, index: int) -> Tensor:
+        return self.transform(self.images.picture(index))
+
+
+def step(
+    model: MeCoQ,
+    net: torch.nn.Module,
+    batch: Tensor,
+    optimizer: torch.optim.Optimizer,
+    use_memory: bool,
+    args: Namespace,
+) -> float:
+    """One optimisation step on views `[N, 2, 3, S, S]`. Returns the loss."""
+    with torch.autograd.set_detect_anomaly(True):
+        view1, view2 = batch.to(args.device).unbind(dim=1)
+        z = torch.cat([model.projection(net(view1)), model.projection(net(view2))])
+        soft_codes, reconstruction = model.quantizer(z)
+        codewords = model.quantizer.codewords()
+        contrastive = loss.contrastive_loss(
+            *reconstruction.flatten(1).chunk(2),
+            model.recall(codewords).flatten(1) if use_memory else None,
+            T=args.T,
+            pos_prior=args.pos_prior,
+        )
+        diversity = loss.codeword_diversity(codewords)
+        total = contrastive + args.hp_gamma * diversity
+        optimizer.zero_grad()
+        total.backward()
+        optimizer.step()
+        if model.memory is not None:
+            model.remember(z, soft_codes)
+    return [term.item() for term in (contrastive, diversity, total)][-1]
+
+
+@torch.no_grad()
+def encode(model: MeCoQ, net: torch.nn.Module, images: data.Images | ImageFiles, args: Namespace) -> Tensor:
+    """Embeddings `[n, D]` of test images."""
+    net.eval()
+    S = args.image_size
+    square = [
+        transforms.Resize((S, S)),
+        transforms.ToTensor(),
+        transforms.Normalize(views.IMAGENET_MEAN, views.IMAGENET_STD),
+    ]
+    transform = data.photo_transform(S) if isinstance(images, ImageFiles) else transforms.Compose(square)
+    workers = data.worker_count(args.num_workers)
+    loader = DataLoader(_Images(images, transform), args.batch_size, num_workers=workers)
+    return torch.cat([model.projection(net(batch.to(args.device))) for batch in loader])
+
+
+# ---------------------------------------------------------------- metrics, one query after the other
+
+
+def ranked_hits(query: Tensor, label: Tensor, codewords: Tensor, db_codes: Tensor, db_labels: Tensor) -> Tensor:
+    """Whether each image of the database, best first, is relevant to one query `[D]`: `[n]` float32, by a full argsort.
+    Equal scores come in any order."""
+    table = retrieval.lookup_tables(query[None], codewords)[0]  # [M, K]
+    scores = sum(table[m][db_codes[:, m].long()] for m in range(len(table)))
+    hits = db_labels == label if db_labels.dim() == 1 else (db_labels & label).any(dim=1)
+    return hits[scores.argsort(descending=True)].float()
+
+
+def mean_average_precision(queries: Tensor, labels: Tensor, topK: int, **database: Tensor) -> float:
+    values = []
+    for query, label in zip(queries, labels, strict=True):
+        hits = ranked_hits(query, label, **database)[:topK]
+        precision = hits.cumsum(0) / torch.arange(1, len(hits) + 1, device=hits.device)
+        values.append(((precision * hits).sum() / hits.sum().clamp(min=1)).item())
+    return sum(values) / len(values)
+
+
+def pr_curve(queries: Tensor, labels: Tensor, **database: Tensor) -> Tensor:
+    """Recall and precision `[2, n]`."""
+    curve = 0
+    for query, label in zip(queries, labels, strict=True):
+        hits = ranked_hits(query, label, **database).cumsum(0)
+        curve = curve + torch.stack(
+            [hits / hits[-1].clamp(min=1), hits / torch.arange(1, len(hits) + 1, device=hits.device)]
+        )
+    return curve / len(queries)
+
+
+def precision_at_k(queries: Tensor, labels: Tensor, topK: int, **database: Tensor) -> Tensor:
+    """`[K]`."""
+    curve = 0
+    for query, label in zip(queries, labels, strict=True):
+        hits = ranked_hits(query, label, **database)[:topK].cumsum(0)
+        curve = curve + hits / torch.arange(1, len(hits) + 1, device=hits.device)
+    return curve / len(queries)
+
+
+def evaluate(queries: Tensor, labels: Tensor, topK: int, **database: Tensor) -> tuple[float, Tensor, Tensor]:
+    """MAP@K, PR curve and precision at 1 ... K: each ranks for itself.
+
+    Args:
+        queries, labels: `[Q, D]` embeddings and their labels.
+        database: `codewords` `[M, K, d]`, `db_codes` `[n, M]`, `db_labels`.
+    """
+    measures = (partial(mean_average_precision, topK=topK), pr_curve, partial(precision_at_k, topK=topK))
+    return tuple(measure(queries, labels, **database) for measure in measures)

@@ -413,7 +413,7 @@ def train_loader(splits: Splits, args: Namespace) -> TwoViews:
     images, S = splits.train, args.image_size
     batches = ShuffledBatches(len(images), args.batch_size, args.seed)
     if args.views == "batched" and isinstance(images, Images):
-        augment = partial(by_chunks, partial(views.augment_small, image_size=S))
+        augment = partial(views.augment_small, image_size=S)
         small = SmallViews(images, splits.mirrored, batches)
         loader = DataLoader(small, batch_size=None, **_loader_options(args) | {"num_workers": 0})
     else:

@@ -211,7 +211,8 @@ def resize_weights(start: Tensor, length: Tensor, n: int, size: int) -> Tensor:
     centres = (torch.arange(size, device=start.device)[:, None] + 0.5) * scale + start[:, None, None]
     weights = (1 - (source - centres).abs() / scale.clamp(min=1)).clamp(min=0)
     inside = (source > start[:, None, None]) & (source < (start + length)[:, None, None])
-    return F.normalize(weights * inside, p=1, dim=2)
+    weights *= inside
+    return weights.div_(weights.sum(dim=2, keepdim=True))
 
 
 def blurred(x: Tensor, sigma: Tensor, dim: int) -> Tensor:

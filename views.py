@@ -9,7 +9,6 @@ import math
 from collections.abc import Callable
 
 import torch
-import torch.nn.functional as F
 from kornia.enhance import adjust_hue
 from torch import Tensor
 from torchvision import transforms

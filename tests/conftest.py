@@ -44,6 +44,11 @@ def real_cifar10_root(real_data, tmp_path_factory):
     return root
 
 
+def written_below(folder: Path) -> list[str]:
+    """All files below a folder, from there."""
+    return sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
+
+
 def write_photos(folder: Path, names: list[str], seed: int = 0) -> None:
     """JPEG files of different sizes, cut out of the two photographs that come with scikit-learn."""
     photos = load_sample_images().images

@@ -540,6 +540,33 @@ def test_golden_release_trace(golden):
     np.testing.assert_allclose(model.memory.codes, numbers["queue"], atol=1e-4)
 
 
+@pytest.mark.parametrize("kind", ["soft", "hard", "feature"])
+def test_a_step_reads_nothing_from_the_device(kind, monkeypatch):
+    """Tensors on the meta device have no values: whatever asked for one would fail. What is read every
+    `--log_interval` steps is taken away, and fails where it is not."""
+    args = args_of("--queue_begin_epoch", "0", "--memory", kind, "--hp_lambda", "0.1", "--precision", "fp32")
+    model = model_of(args).to("meta")
+    optimizer = engine.build_optimizer(model, args)
+    scheduler = engine.build_scheduler(optimizer, args, 3)
+    steps = Recorded([torch.empty(12, 3, 16, 16, device="meta")] * 3)
+    with pytest.raises((RuntimeError, NotImplementedError), match=r"[Mm]eta"):
+        engine.train_epoch(model, steps, optimizer, scheduler, 0, args, None)
+    monkeypatch.setattr(engine.StepLog, "add", lambda *_: None)
+    engine.train_epoch(model, steps, optimizer, scheduler, 0, args, None)
+
+
+@pytest.mark.parametrize("interval", ["1", "3", "1000"])
+def test_losses_are_the_same_however_rarely_they_are_read(interval, finished, tmp_path):
+    folder = small_run(tmp_path, *LIVELY, "--log_interval", interval)
+    histories = [
+        json.loads((of / "metrics.json").read_text())["history"] for of in (finished / "checkpoints" / "small", folder)
+    ]
+    assert histories[0] == histories[1]
+    ours, theirs = (EventAccumulator(str(of / "logs" / "small")).Reload() for of in (tmp_path, finished))
+    for tag in ("lr", "loss/total_loss", "quant_err"):
+        assert [(e.step, e.value) for e in ours.Scalars(tag)] == [(e.step, e.value) for e in theirs.Scalars(tag)]
+
+
 def test_memory_is_used_from_its_epoch_on_and_holds_both_views(monkeypatch):
     args = args_of("--epoch_num", "3", "--queue_begin_epoch", "2")
     model, splits = model_of(args), data.load_splits("Digits", "I", 1, Path("none"), limit=20)

@@ -115,6 +115,15 @@ def test_distributions_are_pillows():
     assert stats.ks_2samp(look(plain * STD).numpy(), look(theirs * STD).numpy()).pvalue < 1e-6
 
 
+@pytest.mark.parametrize("source", [8, 40])
+def test_augmenting_reads_nothing_from_the_device(source):
+    """See `test_a_step_reads_nothing_from_the_device`."""
+    pixels = torch.empty(20, source, source, 3, dtype=torch.uint8, device="meta")
+    assert views.augment_small(pixels, drawn(20, source, source), 48).shape == (20, 3, 48, 48)
+    crops = torch.empty(20, 3, 48, 48, dtype=torch.uint8, device="meta")
+    assert views.augment_crops(crops, drawn(20, source, source)).shape == (20, 3, 48, 48)
+
+
 @pytest.mark.parametrize(("height", "width"), [(100, 100), (32, 32), (60, 120), (90, 30)])
 def test_crops_are_torchvisions(height, width):
     """The last two are so long that the crop in the middle is common."""

@@ -1,0 +1,120 @@
+"""The plain version computes the same as the project does, and every benchmark runs and writes what it found."""
+
+import json
+from functools import partial
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import ROOT, written_below
+from test_engine import SMALL, args_of, model_of
+from test_scripts import call, load, refused
+
+import data
+import engine
+import retrieval
+from features import Computed
+
+plain = load("plain")
+FP32 = ["--precision", "fp32"]
+FROZEN = ["--backbone", "squeezenet1_0", "--weights", "random", "--image_size", "32"]
+
+
+@pytest.mark.parametrize("topK", [7, 120])
+@pytest.mark.parametrize("multi_label", [False, True])
+def test_plain_metrics_are_ours(multi_label, topK):
+    """No two codes are equal here, so that no ties are left to chance."""
+    codewords = F.normalize(torch.randn(4, 32, 3), dim=-1)
+    queries, codes = torch.randn(9, 12), torch.randint(32, (120, 4)).to(torch.uint8)
+    assert len(codes.unique(dim=0)) == 120
+    if multi_label:
+        labels = [(torch.rand(n, 5) < 0.3).to(torch.uint8) for n in (9, 120)]
+    else:
+        labels = [torch.randint(4, (n,)) for n in (9, 120)]
+    tables = partial(retrieval.lookup_tables, codewords=codewords)
+    ours = retrieval.evaluate(tables, queries, codes, *labels, topK)
+    database = {"codewords": codewords, "db_codes": codes, "db_labels": labels[1]}
+    value, pr, p_at_k = plain.evaluate(queries, labels[0], topK, **database)
+    assert value == pytest.approx(ours.map, abs=1e-6)
+    np.testing.assert_allclose(pr, ours.pr, atol=1e-6)
+    np.testing.assert_allclose(p_at_k, ours.p_at_k[1], atol=1e-6)
+
+
+def test_a_plain_step_has_our_loss_and_moves_the_weights_as_ours():
+    args = args_of(*FP32, *FROZEN)  # no batch statistics, which views would have each for themselves
+    views = torch.rand(12, 3, 32, 32)
+    ours, theirs = model_of(args), model_of(args)
+    for model in (ours, theirs):
+        model.memory.enqueue(torch.rand(20, 2, 8, generator=torch.Generator().manual_seed(0)).softmax(-1))
+    terms = engine.objective(ours, views, True, args)[0]
+    optimizers = [engine.build_optimizer(model, args) for model in (ours, theirs)]
+    terms["loss/total_loss"].backward()
+    optimizers[0].step()
+    pairs = torch.stack(views.chunk(2), dim=1)
+    value = plain.step(theirs, plain.strip(theirs.backbone), pairs, optimizers[1], True, args)
+    assert value == pytest.approx(float(terms["loss/total_loss"].detach()), abs=1e-5)
+    for a, b in zip(ours.parameters(), theirs.parameters(), strict=True):
+        torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-4)
+    assert theirs.memory.filled == 32
+
+
+def test_plain_embeddings_are_ours():
+    args = args_of(*FP32, "--backbone", "squeezenet1_0", "--weights", "random", "--image_size", "48")
+    model, images = model_of(args), data.load_splits("Digits", "I", 1, ROOT, limit=20).query
+    ours = engine.encode(model, Computed(model.backbone, images, args), hard=False)
+    theirs = plain.encode(model, plain.strip(model.backbone), images, args)
+    assert (theirs - ours).std() < 0.02 * (ours - ours.mean(dim=0)).std()  # half precision; a level here and there
+
+
+FLAGS = [*SMALL, "--repeats", "2"]
+FEW = ["--queries", "30", "--database", "500", "--plain_queries", "5"]
+
+
+@pytest.mark.parametrize(
+    ("what", "flags", "rows"),
+    [
+        ("views", [], ["views at 16 px"]),
+        ("encode", FROZEN, ["computed", "cached"]),
+        ("step", [], ["10 steps"]),
+        ("evaluate", FEW, ["MAP, PR", "MAP alone"]),
+        ("evaluate", [*FEW, "--labels", "3"], ["MAP, PR", "MAP alone"]),
+        ("run", ["--plain_epochs", "1"], ["run of 2 epochs, 2 validations"]),
+    ],
+)  # fmt: skip
+def test_benchmarks_run(what, flags, rows, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert call("benchmark", what, *FLAGS, *flags, "--results", tmp_path / "results") == 0
+    output = capsys.readouterr().out
+    found = json.loads((tmp_path / "results" / f"benchmark_{what}.json").read_text())
+    assert written_below(tmp_path) == [f"results/benchmark_{what}.json"]
+    assert len(found["rows"]) == len(rows)
+    for name, row in zip(rows, found["rows"], strict=True):
+        assert name in row["what"]
+        assert row["what"] in output
+        assert row["ratio"] == pytest.approx(row["ours_per_second"] / row["plain_per_second"])
+        assert row["repeats"] == (1 if what == "run" else 2)
+    if what == "run":
+        (row,) = found["rows"]
+        once = row["plain_phases_once"]
+        assert row["plain_seconds"] == pytest.approx(2 * once["train"] + 2 * once["validate"] + once["test"])
+        assert 0 < row["map"] <= 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["bogus"], "invalid choice"),
+        (["views", "--repeats", "0"], "--repeats 0"),
+        (["evaluate", "--plain_queries", "-1"], "--plain_queries -1"),
+        (["step", "--nonsense"], "--nonsense"),
+        (["run", "--recipe", "release"], "no place here"),
+        (["views", "--device", "cuda:77"], "--device cuda:77"),
+        (["views", "--results", "/dev/null/x"], "cannot write to"),
+        (["step", "--data_root", "nowhere", "--dataset", "CIFAR10"], "nowhere"),
+    ],
+)
+def test_benchmarks_refuse_what_they_can_not_time(arguments, words, capsys, tmp_path):
+    results = [] if "--results" in arguments else ["--results", tmp_path]
+    what, *flags = arguments
+    assert words in refused(capsys, "benchmark", what, *SMALL, *results, *flags)

@@ -5,13 +5,12 @@ every epoch and every run on the same images. It is rounded to half precision wh
 batches of one size: a run without the cache gives the same codes, to the last bit.
 """
 
-import fcntl
 import hashlib
 import json
+import platform
 import shutil
 from argparse import Namespace
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -23,7 +22,7 @@ from torch import Tensor
 import data
 from lists import ImageFiles
 from network import Backbone
-from utils import CPU_CHUNK, LOG, InputError, atomic_write, check_writable, progress_bar, sha256, write_json
+from utils import CPU_CHUNK, LOG, InputError, atomic_write, check_writable, locked, progress_bar, sha256, write_json
 
 FORMAT = 1  # to be raised with every change of what the values are
 
@@ -81,7 +80,8 @@ def test_features(backbone: Backbone, splits: data.Splits, args: Namespace) -> d
     array = read_cache(folder, key)
     if array is None:
         check_writable(folder)
-        with locked(folder):
+        busy = f"waiting for another process, which computes the features in {folder}"
+        with locked(folder / "lock", busy, wait=True):
             array = read_cache(folder, key)  # another process may have been faster
             if array is None:
                 fill_cache(folder, key, backbone, splits.query.joined(splits.database).subset(first), args)
@@ -137,6 +137,7 @@ def cache_key(
         "blocks": backbone.cut,
         "weights_sha256": weights.hexdigest(),
         "precision": args.precision,
+        "compile": args.compile,
         "device": device_name(args.device),
         "versions": [torch.__version__, torchvision.__version__, PIL.__version__],
     }
@@ -144,7 +145,13 @@ def cache_key(
 
 def device_name(device: str) -> str:
     """What kind of processor rounds: features differ between kinds in their last bits."""
-    return torch.backends.cpu.get_cpu_capability() if device == "cpu" else torch.cuda.get_device_name(device)
+    if device != "cpu":
+        tf32 = torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32
+        return f"{torch.cuda.get_device_name(device)}, cuDNN {torch.backends.cudnn.version()}, TF32 {tf32}"
+    path = Path("/proc/cpuinfo")
+    lines = path.read_text(encoding="utf-8", errors="replace").splitlines() if path.exists() else []
+    model = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "")
+    return f"{model or platform.processor()} {torch.backends.cpu.get_cpu_capability()}"
 
 
 # ---------------------------------------------------------------- the files
@@ -202,15 +209,3 @@ def fill_cache(
                 write(batch.cpu().contiguous().numpy().tobytes())
                 bar.update(len(batch))
     write_json(folder / "key.json", {"key": key, "sha256": digest.hexdigest()})
-
-
-@contextmanager
-def locked(folder: Path) -> Iterator[None]:
-    """Held by one process at a time; the system lets go of it when the process dies."""
-    with (folder / "lock").open("w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            LOG.info("waiting for another process, which computes the features in %s", folder)
-            fcntl.flock(file, fcntl.LOCK_EX)
-        yield

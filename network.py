@@ -12,7 +12,7 @@ import torch.nn.functional as F
 import torchvision
 from torch import Tensor, nn
 
-from utils import InputError, by_chunks
+from utils import CPU_CHUNK, InputError, by_chunks, load_tensors, one_line
 
 # ---------------------------------------------------------------- backbones
 
@@ -32,6 +32,7 @@ class Backbone(nn.Module):
         self.split = len(blocks) - trained
         self.cut = min(self.split, 1) if isinstance(net, torchvision.models.VGG) and trained else self.split
         self.blocks = tuple(blocks)  # a tuple: they are registered in `net` already
+        self.compiled: Callable | None = None
         self.net.requires_grad_(False)
         for block in self.blocks[self.split :]:
             block.requires_grad_(True)
@@ -40,16 +41,31 @@ class Backbone(nn.Module):
         super().train(mode)
         for block in self.blocks[: self.split]:
             for module in block.modules():
-                if isinstance(module, nn.modules.batchnorm._BatchNorm):
-                    module.eval()
+                module.training = mode and isinstance(module, nn.modules.dropout._DropoutNd)
         return self
+
+    def compile_frozen(self, image_size: int, device: str) -> None:
+        """Let PyTorch compile the frozen blocks (`--compile`). Raises InputError where it can not."""
+        self.compiled = torch.compile(self._through)
+        try:
+            self.prefix(torch.zeros(CPU_CHUNK, 3, image_size, image_size, device=device))
+        except Exception as error:  # whatever the compiler met
+            raise InputError(
+                f"--compile: PyTorch can not compile the backbone here ({one_line(error)[:200]}): it needs a C++ "
+                "compiler, or leave the flag out"
+            ) from error
+
+    def _through(self, x: Tensor, start: int, stop: int) -> Tensor:
+        for block in self.blocks[start:stop]:
+            x = block(x)
+        return x
 
     @torch.inference_mode()
     def _frozen(self, x: Tensor, start: int, stop: int) -> Tensor:
         """Through frozen blocks; float32."""
         with torch.autocast(x.device.type, torch.bfloat16) if self.bf16 else nullcontext():
-            for block in self.blocks[start:stop]:
-                x = block(x)
+            whole = x.device.type != "cpu" or len(x) == CPU_CHUNK  # each other size would be compiled anew
+            x = (self.compiled if self.compiled and whole else self._through)(x, start, stop)
         return x.float()
 
     def prefix(self, x: Tensor) -> Tensor:
@@ -164,7 +180,7 @@ def _imagenet_state(name: str) -> dict[str, Tensor]:
 def read_state_dict(path: Path, flag: str) -> dict[str, Tensor]:
     """A state dict from a file. Raises InputError naming `flag` and the file where there is none in it."""
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
+        state = load_tensors(path)
     except FileNotFoundError:
         raise InputError(f"{flag}: {path} does not exist") from None
     except Exception as error:  # a damaged pickle can raise nearly anything

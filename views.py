@@ -7,6 +7,7 @@ pixel by pixel and (but for hue and clipping) linearly, as resizing does, so the
 
 import math
 from collections.abc import Callable
+from functools import cache
 
 import torch
 from kornia.enhance import adjust_hue
@@ -91,11 +92,19 @@ def draw_crops(heights: Tensor, widths: Tensor, uniform: Callable[..., Tensor]) 
     return torch.cat([tops, lefts, high, wide], dim=1)
 
 
-def crop_view(photo: Tensor, drawn: Tensor, scale: float, image_size: int) -> Tensor:
-    """The crop that `drawn` describes of a photo `[3, H, W]` uint8, which was decoded at `scale` of its size, resized
-    and mirrored: `[3, S, S]` uint8."""
-    crop = (drawn[CROP] * scale).round().int().tolist()
-    crop = resized_crop(photo, *crop, [image_size, image_size], antialias=True)
+def crop_view(photo: Tensor, drawn: Tensor, size: tuple[int, int], image_size: int) -> Tensor:
+    """The crop that `drawn` describes of a photo, resized and mirrored: `[3, S, S]` uint8.
+
+    Args:
+        photo: `[3, H, W]` uint8, perhaps decoded at less than its size.
+        size: height and width that the photo really has.
+    """
+    edges = []
+    for start, length, whole, decoded in zip(*drawn[CROP].view(2, 2).tolist(), size, photo.shape[1:], strict=True):
+        first = min(round(start * decoded / whole), decoded - 1)
+        edges.append((first, max(min(round((start + length) * decoded / whole), decoded) - first, 1)))
+    (top, height), (left, width) = edges
+    crop = resized_crop(photo, top, left, height, width, [image_size, image_size], antialias=True)
     return crop.flip(2) if drawn[FLIP] else crop
 
 
@@ -171,7 +180,7 @@ def adjust_colours(x: Tensor, drawn: Tensor, weights: Tensor) -> Tensor:
 
 def grey(x: Tensor) -> Tensor:
     """`[B, 1, H, W]`."""
-    return torch.einsum("bchw,c->bhw", x, torch.tensor(GREY, device=x.device))[:, None].round()
+    return torch.einsum("bchw,c->bhw", x, on_device(GREY, x.device))[:, None].round()
 
 
 def brightness(x: Tensor, factor: Tensor, _: Tensor) -> Tensor:
@@ -194,8 +203,14 @@ def hue(x: Tensor, factor: Tensor, _: Tensor) -> Tensor:
 
 def normalised(x: Tensor) -> Tensor:
     """Images `[B, 3, H, W]` in [0, 1] by ImageNet's mean and deviation, in place."""
-    mean, std = (torch.tensor(values, device=x.device)[:, None, None] for values in (IMAGENET_MEAN, IMAGENET_STD))
+    mean, std = (on_device(values, x.device)[:, None, None] for values in (IMAGENET_MEAN, IMAGENET_STD))
     return x.sub_(mean).div_(std)
+
+
+@cache
+def on_device(values: tuple[float, ...], device: torch.device) -> Tensor:
+    """Constants, brought to a device once: the host waits for that."""
+    return torch.tensor(values, device=device)
 
 
 def resize_weights(start: Tensor, length: Tensor, n: int, size: int) -> Tensor:

@@ -134,10 +134,14 @@ def step(args: Namespace, options: Namespace) -> list[dict]:
     batch = next(iter(data.train_loader(splits, args)))
     pairs = torch.stack(batch.contiguous().chunk(2), dim=1)
     loader = _Same(batch, 10)
-    optimizer, other = (engine.build_optimizer(m, args) for m in (model, twin))
-    scheduler = engine.build_scheduler(optimizer, args, len(loader))
+    training, other = engine.start(model, loader, args), engine.build_optimizer(twin, args)
+    training.epoch = args.epoch_num
     peak = matmul_peak(torch.bfloat16 if args.precision == "bf16" else torch.float32, args.device)
-    ours = lambda: engine.train_epoch(model, loader, optimizer, scheduler, args.epoch_num, args, None)  # noqa: E731
+
+    def ours() -> None:
+        training.step = 0
+        engine.train_epoch(training, loader, args)
+
     memory = twin.memory is not None
     net.train()
     theirs = lambda: [plain.step(twin, net, pairs, other, memory, args) for _ in range(10)]  # noqa: E731
@@ -158,7 +162,7 @@ class _Same(list):
 
 def evaluate(args: Namespace, options: Namespace) -> list[dict]:
     generator = torch.Generator().manual_seed(args.seed)
-    Q, n, D, few = options.queries, options.database, args.feat_dim, options.plain_queries
+    Q, n, D, few = options.queries, options.database, args.feat_dim, min(options.plain_queries, options.queries)
     codewords = torch.nn.functional.normalize(torch.randn(args.M, args.K, D // args.M, generator=generator), dim=-1)
     queries = torch.randn(Q, D, generator=generator)
     db_codes = torch.randint(args.K, (n, args.M), generator=generator).to(torch.uint8 if args.K <= 256 else torch.int32)
@@ -218,7 +222,10 @@ def run(args: Namespace, options: Namespace) -> list[dict]:
 
 
 def plain_epochs(splits: data.Splits, args: Namespace, epochs: int) -> dict[str, float]:
-    """Mean seconds of a plain epoch's training and its validation (MAP alone), and of one test (all three metrics)."""
+    """Mean seconds of a plain epoch's training and its validation (MAP alone), and of one test (all three metrics).
+
+    Every second epoch is trained with the memory; what it takes counts as often as a run of ours would use it.
+    """
     model = program.build_model(args)
     net = plain.strip(model.backbone)
     optimizer = engine.build_optimizer(model, args)
@@ -226,10 +233,10 @@ def plain_epochs(splits: data.Splits, args: Namespace, epochs: int) -> dict[str,
     labels = [torch.from_numpy(images.labels).to(args.device) for images in (splits.query, splits.database)]
     topK = args.topK or len(splits.database)
 
-    def train() -> None:
+    def train(use_memory: bool) -> None:
         net.train()
         for batch in loader:
-            plain.step(model, net, batch, optimizer, model.memory is not None, args)
+            plain.step(model, net, batch, optimizer, use_memory, args)
 
     def test(metric: Callable) -> object:
         codes = model.quantizer.hard_codes(plain.encode(model, net, splits.database, args))
@@ -240,11 +247,15 @@ def plain_epochs(splits: data.Splits, args: Namespace, epochs: int) -> dict[str,
 
     training, validation = [], []
     for epoch in range(epochs):
-        training.append(seconds(train, args.device))
+        use_memory = model.memory is not None and epoch % 2 == 1
+        training.append(seconds(lambda use=use_memory: train(use), args.device))
         validation.append(seconds(lambda: test(plain.mean_average_precision), args.device))
         print(f"plain epoch {epoch}: {training[-1]:.1f} s training, {validation[-1]:.1f} s validation", flush=True)
     last = seconds(lambda: test(plain.evaluate), args.device)
-    return {"train": statistics.mean(training), "validate": statistics.mean(validation), "test": last}
+    without, using = statistics.mean(training[::2]), statistics.mean(training[1::2] or training)
+    begin = min(args.queue_begin_epoch, args.epoch_num) if model.memory is not None else args.epoch_num
+    train_mean = without + (using - without) * (1 - begin / max(args.epoch_num, 1))
+    return {"train": train_mean, "validate": statistics.mean(validation), "test": last}
 
 
 # ---------------------------------------------------------------- the script
@@ -282,12 +293,14 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--plain_epochs", type=int, default=2, help="of run (default: %(default)s)")
     options, flags = parser.parse_known_args(argv)
     for name in ("repeats", "queries", "database", "plain_queries", "plain_epochs"):
-        if getattr(options, name) < 1:
-            raise InputError(f"--{name} {getattr(options, name)}: must be at least 1")
+        if not 1 <= getattr(options, name) <= 10**7:
+            raise InputError(f"--{name} {getattr(options, name)}: must be from 1 to 10,000,000")
+    if not 0 <= options.labels <= 1000:
+        raise InputError(f"--labels {options.labels}: must be from 0 to 1000")
     args = program.resolve(program.build_parser().parse_args(flags))
-    if args.dry_run or args.test_only or args.skip_finished or args.recipe != "paper":
-        raise InputError("--dry_run, --test_only, --skip_finished and --recipe have no place here")
-    program.check_device(args.device)
+    if args.dry_run or args.test_only or args.resume or args.overwrite or args.recipe != "paper":
+        raise InputError("--dry_run, --test_only, --resume, --overwrite and --recipe have no place here")
+    program.take_device(args)
     check_writable(options.results)
     rows = benchmarks[options.what](args, options)
     show(rows)

@@ -107,6 +107,8 @@ def test_benchmarks_run(what, flags, rows, tmp_path, capsys, monkeypatch):
         (["bogus"], "invalid choice"),
         (["views", "--repeats", "0"], "--repeats 0"),
         (["evaluate", "--plain_queries", "-1"], "--plain_queries -1"),
+        (["evaluate", "--queries", "1000000000000"], "--queries 1000000000000"),
+        (["evaluate", "--labels", "-1"], "--labels -1"),
         (["step", "--nonsense"], "--nonsense"),
         (["run", "--recipe", "release"], "no place here"),
         (["views", "--device", "cuda:77"], "--device cuda:77"),

@@ -1,4 +1,5 @@
 import json
+import os
 
 import numpy as np
 import pytest
@@ -288,3 +289,24 @@ def test_gradients_reach_all_that_is_learned_and_nothing_else():
     expected = {"projection.weight", "projection.bias", "quantizer.codebooks"}
     expected |= {n for n, _ in model.named_parameters() if n.startswith("backbone.net.features.12.")}
     assert learned == expected
+
+
+@pytest.mark.skipif("MECOQ_ALL" not in os.environ, reason="a minute of compiling: scripts/test.sh --all")
+def test_compiled_features_are_the_same_but_for_rounding():
+    backbone = build_backbone("squeezenet1_0", "random", 1, bf16=False)
+    x = torch.rand(40, 3, 48, 48)
+    expected = backbone(x)
+    backbone.compile_frozen(48, "cpu")
+    torch.testing.assert_close(backbone(x), expected, atol=1e-4, rtol=1e-3)
+
+
+def test_what_can_not_be_compiled_is_said_in_one_line(monkeypatch):
+    def compile_nothing(function):
+        def fails(*_):
+            raise RuntimeError("no compiler\nfound")
+
+        return fails
+
+    monkeypatch.setattr(torch, "compile", compile_nothing)
+    with pytest.raises(InputError, match=r"--compile: PyTorch can not .*no compiler found"):
+        build_backbone("squeezenet1_0", "random", 1, bf16=False).compile_frozen(32, "cpu")

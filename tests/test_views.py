@@ -90,6 +90,21 @@ def test_views_of_photos_on_disk_are_pillows_within_a_level(path, tmp_path):
     assert [len(pair) for pair in data.train_loader(data.Splits(images, images, images), args)] == [2]
 
 
+def test_crops_of_reduced_photos_stay_inside():
+    """A white photo, decoded at half its size: a pixel from outside would be black."""
+    for width, height, numbers in (
+        (998, 998, (3, 3, 995, 995)),
+        (750, 501, (299, 10, 202, 700)),
+        (501, 750, (0, 0, 750, 501)),
+    ):
+        decoded = torch.full((3, (height + 1) // 2, (width + 1) // 2), 255, dtype=torch.uint8)
+        row = torch.zeros(15)
+        row[views.CROP] = torch.tensor(numbers, dtype=torch.float)
+        crop = views.crop_view(decoded, row, (height, width), 300)
+        assert crop.shape == (3, 300, 300)
+        assert crop.min() == 255
+
+
 def test_distributions_are_pillows():
     """Kolmogorov and Smirnov on what views look like, against the transforms of `--views pil`."""
     n, size = 700, 48

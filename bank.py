@@ -5,7 +5,6 @@ views are therefore the same whatever the loss, the quantizer or the memory: kep
 out of seconds.
 """
 
-import hashlib
 import json
 from argparse import Namespace
 from collections.abc import Iterator
@@ -18,10 +17,10 @@ from torch import Tensor, nn
 import data
 import engine
 import retrieval
-from features import Computed
-from lists import ImageFiles
+from features import Computed, device_name
 from network import Backbone, MeCoQ
 from results import Files, read_array
+from resume import fingerprint
 from utils import InputError, atomic_write, progress_bar, write_json
 
 KEY = (
@@ -32,6 +31,7 @@ KEY = (
     "backbone",
     "image_size",
     "precision",
+    "compile",
     "views",
 )  # what the features depend on
 
@@ -44,7 +44,8 @@ def build_bank(folder: Path, splits: data.Splits, backbone: Backbone, args: Name
     """
     if backbone.split < len(backbone.blocks) or any(isinstance(m, nn.Dropout) and m.p for m in backbone.modules()):
         raise InputError(f"--backbone {args.backbone}: a feature bank needs one without trained blocks and dropout")
-    key = {flag: getattr(args, flag) for flag in KEY} | {"sha256": _fingerprint(splits, backbone)}
+    key = {flag: getattr(args, flag) for flag in KEY}
+    key |= {"sha256": fingerprint(splits, backbone), "processor": device_name(args.device)}
     _claim(folder, key)
     backbone.eval()
     loader = data.train_loader(splits, args)
@@ -58,20 +59,6 @@ def build_bank(folder: Path, splits: data.Splits, backbone: Backbone, args: Name
         if not (folder / f"{name}.npy").exists():
             bar = progress_bar(Computed(backbone, getattr(splits, name), args), f"features of the {name}")
             _save(folder / f"{name}.npy", torch.cat([batch.float().cpu() for batch in bar]))
-
-
-def _fingerprint(splits: data.Splits, backbone: Backbone) -> str:
-    """Of the backbone's weights and the splits' images: their pixels, or the names and sizes of their files."""
-    digest = hashlib.sha256()
-    for tensor in backbone.state_dict().values():
-        digest.update(tensor.cpu().contiguous().numpy().tobytes())
-    for images in (splits.train, splits.query, splits.database):
-        if isinstance(images, ImageFiles):
-            sizes = [(images.root / name).stat().st_size for name in images.names]
-            digest.update(json.dumps([images.names.tolist(), sizes]).encode())
-        else:
-            digest.update(np.ascontiguousarray(images.pixels).tobytes())
-    return digest.hexdigest()
 
 
 def _claim(folder: Path, key: dict) -> None:
@@ -126,4 +113,6 @@ def train_on_bank(folder: Path, splits: data.Splits, model: MeCoQ, args: Namespa
     views = BankedViews(folder, len(splits.train), args)
     files = Files(output, args.notes)
     files.checkpoints.mkdir(parents=True, exist_ok=True)
-    return engine.train(model, views, validation, args, files, engine.Stopwatch(), None)
+    training = engine.start(model, views, args)
+    engine.train(training, views, validation, args, files, engine.Stopwatch())
+    return training.history

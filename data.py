@@ -22,7 +22,7 @@ from torchvision.transforms.functional import pil_to_tensor
 
 import views
 from lists import ImageFiles, find_bad_images, read_flickr25k, read_nuswide
-from utils import LOG, InputError, by_chunks, sample_seed
+from utils import LOG, InputError, by_chunks, leave_signals, sample_seed
 
 NOT_COMPARABLE = "Results are not comparable with published ones."
 TEST_BATCH = 128  # images, whatever --batch_size: rounding must not depend on it
@@ -314,13 +314,14 @@ def _only_sound(splits: Splits, skip_bad_images: bool, num_workers: int) -> Spli
 
 
 class ShuffledBatches(Sampler[list[tuple[int, int]]]):
-    """Batches of (image, seed of its views) for one epoch after another; the last batch may be smaller.
+    """Batches of (image, seed of its views) for one epoch after another, from the `first` one on; the last batch may be
+    smaller.
 
     Order and seeds are functions of (seed, epoch) alone, so views do not depend on the number of workers.
     """
 
     def __init__(self, n: int, batch_size: int, seed: int) -> None:
-        self.n, self.batch_size, self.seed, self.epoch = n, batch_size, seed, 0
+        self.n, self.batch_size, self.seed, self.epoch, self.first = n, batch_size, seed, 0, 0
 
     def __len__(self) -> int:
         return -(-self.n // self.batch_size)
@@ -328,7 +329,7 @@ class ShuffledBatches(Sampler[list[tuple[int, int]]]):
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
         generator = torch.Generator().manual_seed(sample_seed(self.seed, self.epoch))
         order = torch.randperm(self.n, generator=generator).tolist()
-        for start in range(0, self.n, self.batch_size):
+        for start in range(self.first * self.batch_size, self.n, self.batch_size):
             batch = order[start : start + self.batch_size]
             yield [(index, sample_seed(self.seed, self.epoch, index)) for index in batch]
 
@@ -360,8 +361,8 @@ def photo_views(images: ImageFiles, mirrored: bool, image_size: int, index: int,
         enough = image_size / float(drawn[:, views.CROP][:, 2:].min())  # a crop that is larger than S may be decoded at
         photo.draft("RGB", (math.ceil(enough * width), math.ceil(enough * height)))  # a half, a quarter or an eighth
         pixels = pil_to_tensor(photo.convert("RGB"))
-    scale = pixels.shape[2] / width
-    return torch.stack([views.crop_view(pixels, numbers, scale, image_size) for numbers in drawn]), drawn
+    crops = [views.crop_view(pixels, numbers, (height, width), image_size) for numbers in drawn]
+    return torch.stack(crops), drawn
 
 
 class SmallViews(IterableDataset):
@@ -480,4 +481,5 @@ def _loader_options(args: Namespace) -> dict:
         "num_workers": worker_count(args.num_workers),
         "pin_memory": args.device != "cpu",
         "generator": torch.Generator(),
+        "worker_init_fn": leave_signals if args.num_workers else None,
     }

@@ -4,14 +4,13 @@ import math
 import time
 from argparse import Namespace
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.tensorboard import SummaryWriter
 
 import data
 import loss
@@ -20,6 +19,7 @@ from features import Cached, Computed, test_features
 from lists import ImageFiles
 from network import CodebookAttention, MeCoQ, read_state_dict
 from results import (
+    Events,
     Files,
     code_bits,
     device_name,
@@ -30,7 +30,8 @@ from results import (
     save_results,
     versions,
 )
-from utils import LOG, InputError, Patience, RunError, learning_rate, one_line, progress_bar, sha256, write_json
+from resume import Signals, Training, fingerprint
+from utils import LOG, InputError, RunError, Stopped, learning_rate, one_line, progress_bar, sha256, write_json
 
 
 class Stopwatch:
@@ -123,141 +124,151 @@ def objective(
 
 
 def train_epoch(
-    model: MeCoQ,
-    loader: data.TwoViews,
-    optimizer: torch.optim.Optimizer,
-    scheduler: torch.optim.lr_scheduler.LambdaLR,
-    epoch: int,
-    args: Namespace,
-    writer: SummaryWriter | None,
+    training: Training, loader: data.TwoViews, args: Namespace, signals: Signals | None = None
 ) -> dict[str, float]:
-    """One pass over the training images; returns the means over its steps. Raises RunError on a non-finite loss.
+    """The rest of an epoch, from `training.step` on; returns the means over all its steps. Raises RunError on a
+    non-finite loss, and Stopped between two steps, after all has been saved.
 
     The host never waits for the device but once in `--log_interval` steps, to read the losses of all of them.
     """
+    model, epoch, signals = training.model, training.epoch, signals or Signals()
     model.train()
-    loader.batch_sampler.epoch = epoch
+    loader.batch_sampler.epoch, loader.batch_sampler.first = epoch, training.step
     use_memory = model.memory is not None and epoch >= args.queue_begin_epoch
-    steps = StepLog(epoch, len(loader), args.log_interval, writer)
-    bar = progress_bar(loader, f"epoch {epoch}")
-    for step, views in enumerate(bar):
-        terms, z, soft_codes = objective(model, views, use_memory, args)
-        optimizer.zero_grad()
-        try:
-            terms["loss/total_loss"].backward()
-        except RuntimeError as error:
-            if "returned nan values" in str(error):  # --detect_anomaly
-                raise RunError(f"{error} in epoch {epoch}, step {step}") from error
-            raise
-        steps.add(scheduler.get_last_lr()[0], terms)
-        if steps.last:
-            bar.set_postfix(loss=f"{steps.last['loss/total_loss']:.4f}")
-        optimizer.step()
-        scheduler.step()
-        if model.memory is not None:
-            model.remember(z, soft_codes)
-    return steps.means()
+    steps = StepLog(training, len(loader), args.log_interval)
+    with progress_bar(None, f"epoch {epoch}", total=len(loader), done=training.step) as bar:
+        for views in loader:
+            terms, z, soft_codes = objective(model, views, use_memory, args)
+            training.optimizer.zero_grad()
+            try:
+                terms["loss/total_loss"].backward()
+            except RuntimeError as error:
+                if "returned nan values" in str(error):  # --detect_anomaly
+                    raise RunError(one_line(error)) from error
+                raise
+            steps.add(training.scheduler.get_last_lr()[0], terms)
+            training.optimizer.step()
+            training.scheduler.step()
+            if model.memory is not None:
+                model.remember(z, soft_codes)
+            training.step += 1
+            bar.update()
+            if steps.last:
+                bar.set_postfix(loss=f"{steps.last['loss/total_loss']:.4f}")
+            if training.step % args.save_interval == 0 or signals.waiting:
+                steps.read()
+                training.save()
+                signals.check()
+    return {name: value / len(loader) for name, value in training.sums.items()}
 
 
 class StepLog:
-    """The losses of an epoch's steps: left on the device, read every `interval` steps all at once, and passed on to
-    TensorBoard, each with the step it was of.
+    """The losses of an epoch's steps: left on the device, read every `interval` steps all at once, added to
+    `training.sums`, and passed on to `training.events`, each with the step it was of.
 
     `last` holds the newest values that were read, by tag.
     """
 
-    def __init__(self, epoch: int, steps: int, interval: int, writer: SummaryWriter | None) -> None:
-        self.epoch, self.steps, self.interval, self.writer = epoch, steps, interval, writer
+    def __init__(self, training: Training, steps: int, interval: int) -> None:
+        self.training, self.steps, self.interval = training, steps, interval
         self.waiting: list[tuple[float, Tensor]] = []
-        self.read = 0
-        self.sums: dict[str, float] = {}
+        self.done = training.step
         self.last: dict[str, float] = {}
 
     def add(self, lr: float, terms: dict[str, Tensor]) -> None:
         """Take a step's terms (scalars by tag). Raises RunError where one that is read now is not finite."""
         self.names = ["lr", *terms]
         self.waiting.append((lr, torch.stack([term.detach() for term in terms.values()])))
-        if len(self.waiting) == self.interval or self.read + len(self.waiting) == self.steps:
+        if len(self.waiting) == self.interval or self.done + len(self.waiting) == self.steps:
+            self.read()
+
+    def read(self) -> None:
+        """Read what waits. Raises RunError where a loss is not finite."""
+        if self.waiting:
             rates, values = zip(*self.waiting, strict=True)
             self.waiting = []
             for lr, row in zip(rates, torch.stack(values).tolist(), strict=True):
                 self._note(dict(zip(self.names, [lr, *row], strict=True)))
 
     def _note(self, scalars: dict[str, float]) -> None:
-        total = scalars["loss/total_loss"]
+        total, sums, events = scalars["loss/total_loss"], self.training.sums, self.training.events
         if not math.isfinite(total):
-            place = f"epoch {self.epoch}, step {self.read}"
-            raise RunError(f"the loss became {total} in {place}: try a smaller --lr or a larger --T")
+            self.training.step = self.done  # an earlier one than that which is being done
+            raise RunError(f"the loss became {total}: try a smaller --lr or a larger --T")
         for name, value in scalars.items():
-            self.sums[name] = self.sums.get(name, 0.0) + value
-            if self.writer:
-                self.writer.add_scalar(name, value, self.epoch * self.steps + self.read)
-        self.read += 1
+            sums[name] = sums.get(name, 0.0) + value
+            if events:
+                events.add_scalar(name, value, self.training.epoch * self.steps + self.done)
+        self.done += 1
         self.last = scalars
-
-    def means(self) -> dict[str, float]:
-        """Of the values of all steps, by tag."""
-        return {name: value / self.steps for name, value in self.sums.items()}
 
 
 def train(
-    model: MeCoQ,
+    training: Training,
     loader: data.TwoViews,
     validation: Callable[[], float],
     args: Namespace,
     files: Files,
     watch: Stopwatch,
-    writer: SummaryWriter | None,
-) -> list[dict]:
-    """Train with early stopping; the best model by validation MAP is left in `model.cpt`. Returns the history.
+    signals: Signals | None = None,
+) -> None:
+    """Train with early stopping, from where `training` stands; the best model by validation MAP is left in `model.cpt`,
+    the state after each epoch in `last.cpt`.
 
     Args:
         loader: see `data.train_loader`.
         validation: gives the MAP that picks the checkpoint, of the model as it stands.
 
-    Raises RunError on a non-finite loss, naming epoch, step and the last good checkpoint.
+    Raises RunError on a non-finite loss, naming epoch, step and the last good checkpoint, and Stopped on a signal.
     """
-    optimizer = build_optimizer(model, args)
-    scheduler = build_scheduler(optimizer, args, len(loader))
-    patience = Patience(args.monitor_counter)
-    history: list[dict] = []
-    for epoch in range(args.epoch_num):
-        with (
-            watch.measure("train"),
-            naming_checkpoint(files.model, patience),
-            torch.autograd.set_detect_anomaly(args.detect_anomaly),
-        ):
-            means = train_epoch(model, loader, optimizer, scheduler, epoch, args, writer)
-        history.append({"epoch": epoch} | means)
-        LOG.info(
-            "epoch %d: avg loss=%.6f, avg quantization error=%.6f",
-            epoch, means["loss/total_loss"], means["quant_err"],
-        )  # fmt: skip
-        last = epoch + 1 == args.epoch_num
-        if not last and (epoch + 1) % args.eval_interval:
-            continue
-        with watch.measure("validate"), naming_checkpoint(files.model, patience):
-            value = validation()
-        history[-1]["val_mAP"] = value
-        LOG.info("val mAP=%.6f", value)
-        if writer:
-            writer.add_scalar("val_mAP", value, epoch)
-        if patience.improved(value):
-            save_model(model, files.model)
-        elif patience.exhausted and not last:
-            LOG.info("early stop: no better val mAP in %d evaluations", args.monitor_counter)
-            break
-    return history
+    model, patience, history = training.model, training.patience, training.history
+    signals = signals or Signals()
+    with naming_checkpoint(files.model, training), signals.deferred():
+        while not training.finished:
+            epoch = training.epoch
+            with watch.measure("train"), torch.autograd.set_detect_anomaly(args.detect_anomaly):
+                means = train_epoch(training, loader, args, signals)
+            LOG.info(
+                "epoch %d: avg loss=%.6f, avg quantization error=%.6f",
+                epoch, means["loss/total_loss"], means["quant_err"],
+            )  # fmt: skip
+            last = epoch + 1 == args.epoch_num
+            entry = {"epoch": epoch} | means
+            if last or (epoch + 1) % args.eval_interval == 0:
+                try:
+                    with watch.measure("validate"), signals.deferred(False):
+                        entry["val_mAP"] = value = validation()
+                except Stopped:
+                    training.save()
+                    raise
+                LOG.info("val mAP=%.6f", value)
+                if training.events:
+                    training.events.add_scalar("val_mAP", value, epoch)
+                patience.improved(value)
+            history.append(entry)
+            training.epoch, training.step, training.sums = epoch + 1, 0, {}
+            if patience.exhausted and not last:
+                LOG.info("early stop: no better val mAP in %d evaluations", args.monitor_counter)
+            training.save(if_cheap=True)
+            if training.best_is_now:
+                save_model(model, files.model)
+                training.saved_best = patience.best
+            signals.check()
 
 
 @contextmanager
-def naming_checkpoint(path: Path, patience: Patience) -> Iterator[None]:
-    """Add to a RunError what can be saved from the run."""
+def naming_checkpoint(path: Path, training: Training) -> Iterator[None]:
+    """Say with the error that ends a training in which step it came and what there is of the run."""
     try:
         yield
-    except RunError as error:
-        best = f"{path} (val mAP={patience.best:.6f})" if patience.best >= 0 else "none was saved yet"
-        raise RunError(f"{one_line(error)}; last good checkpoint: {best}") from None
+    except (RunError, OSError, RuntimeError) as error:
+        dead_worker = "DataLoader worker" in str(error)
+        if not isinstance(error, RunError | OSError) and not dead_worker:
+            raise
+        best = training.saved_best
+        best = f"{path} (val mAP={best:.6f})" if best >= 0 else "none was saved yet"
+        place = f"epoch {training.epoch}, step {training.step}"
+        raise RunError(f"{place}: {one_line(error)}; last good checkpoint: {best}") from error
 
 
 # ---------------------------------------------------------------- testing
@@ -273,7 +284,7 @@ def encode(model: MeCoQ, images: Computed | Cached, hard: bool) -> Tensor:
     rows, sound = [], []
     for batch in progress_bar(images, "encode database" if hard else "encode queries"):
         z = model.embed(batch.float())
-        sound.append(z.isfinite().all())
+        sound.append((z.abs() < 1e15).all())  # not so large, either, that similarities overflow
         rows.append(model.quantizer.hard_codes(z) if hard else z)
     if not torch.stack(sound).all():
         raise RunError("the embeddings are not finite numbers: try a smaller --lr or a larger --T")
@@ -342,33 +353,62 @@ test.__test__ = False  # not a pytest function
 # ---------------------------------------------------------------- a run
 
 
-def run(model: MeCoQ, splits: data.Splits, args: Namespace, files: Files) -> dict:
-    """Train, test the best model, and leave every file of a run. Returns what went into `metrics.json`."""
+def run(
+    model: MeCoQ,
+    splits: data.Splits,
+    args: Namespace,
+    files: Files,
+    state: dict | None = None,
+    signals: Signals | None = None,
+    begin: Callable[[], object] = lambda: None,
+) -> dict:
+    """Train, test the best model, and leave every file of a run. Returns what went into `metrics.json`.
+
+    Args:
+        state: of `last.cpt`, to go on from there.
+        begin: called when the run has all it needs, before it writes its first file.
+    """
     watch = Stopwatch()
-    write_json(files.checkpoints / "config.json", vars(args))
+    loader = data.train_loader(splits, args)
+    training = start(model, loader, args, files.last, fingerprint(splits, model.backbone))
+    if state:
+        training.restore(state)
+        watch.seconds = training.seconds
+        LOG.info("going on in epoch %d, with step %d", training.epoch, training.step)
+    training.seconds = watch.seconds
     with watch.measure("features"):
         known = test_features(model.backbone, splits, args)
-    writer = None if args.disable_writer else SummaryWriter(str(files.tensorboard))
-    loader = data.train_loader(splits, args)
-    try:
-        history = train(model, loader, lambda: validate(model, known, splits, args), args, files, watch, writer)
-    finally:
-        if writer:
-            writer.close()
-    if history:
+    begin()
+    write_json(files.checkpoints / "config.json", vars(args))
+    if not state:
+        training.save()
+    elif training.best_is_now:  # it may have been stopped before it was written
+        save_model(model, files.model)
+    with nullcontext() if args.disable_writer else Events(files.tensorboard) as training.events:
+        train(training, loader, lambda: validate(model, known, splits, args), args, files, watch, signals)
+    if training.history:
         try:
             model.load_state_dict(read_state_dict(files.model, "best checkpoint"))
         except (InputError, RuntimeError) as error:
             raise RunError(f"{files.model} changed under the run: {error}") from error
     else:
         save_model(model, files.model)
-    return report(model, known, splits, args, files, watch, history)
+    return report(model, known, splits, args, files, watch, training.history)
 
 
-def run_test(model: MeCoQ, splits: data.Splits, args: Namespace, files: Files) -> dict:
+def start(
+    model: MeCoQ, loader: data.TwoViews, args: Namespace, path: Path | None = None, fingerprint: str = ""
+) -> Training:
+    """A training that has not begun; see `Training`."""
+    optimizer = build_optimizer(model, args)
+    return Training(model, optimizer, build_scheduler(optimizer, args, len(loader)), args, path, fingerprint)
+
+
+def run_test(
+    model: MeCoQ, splits: data.Splits, args: Namespace, files: Files, begin: Callable[[], object] = lambda: None
+) -> dict:
     """Test a model that is trained already. The codes in `db_codes.npy` beside `--checkpoint`, if there are any, stand
-    for the database; under `--limit` it is encoded."""
-    write_json(files.checkpoints / "config.json", vars(args))
+    for the database; under `--limit` it is encoded. `begin`: see `run`."""
     path = Path(args.checkpoint).with_name("db_codes.npy")
     codes = saved_codes(path, model, splits.database, args) if path.exists() and args.limit is None else None
     watch = Stopwatch()
@@ -377,6 +417,8 @@ def run_test(model: MeCoQ, splits: data.Splits, args: Namespace, files: Files) -
             known = test_features(model.backbone, splits, args)
         else:  # the queries once: not worth a cache
             known = {"query": Computed(model.backbone, splits.query, args)}
+    begin()
+    write_json(files.checkpoints / "config.json", vars(args))
     return report(model, known, splits, args, files, watch, [], codes)
 
 

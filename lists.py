@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 
-from utils import InputError, RunError, atomic_write, check_writable, one_line, progress_bar
+from utils import InputError, RunError, atomic_write, check_writable, leave_signals, one_line, progress_bar
 
 FLICKR25K_CONCEPTS, NUSWIDE_CONCEPTS = 24, 21
 
@@ -193,9 +193,8 @@ class _Faults(Dataset):
 
 def find_bad_images(root: Path, names: np.ndarray, workers: int) -> dict[str, str]:
     """Name -> what is wrong with it, for each of `names` that is missing below `root` or does not decode."""
-    loader = DataLoader(
-        _Faults(root, names), batch_size=64, num_workers=workers, collate_fn=list, generator=torch.Generator()
-    )
+    options = {"generator": torch.Generator(), "worker_init_fn": leave_signals}
+    loader = DataLoader(_Faults(root, names), batch_size=64, num_workers=workers, collate_fn=list, **options)
     bad: dict[str, str] = {}
     with progress_bar(None, "check images", total=len(names)) as bar:
         for start, faults in zip(range(0, len(names), 64), loader, strict=True):

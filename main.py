@@ -9,6 +9,7 @@ import math
 import re
 import sys
 from argparse import BooleanOptionalAction, Namespace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -17,7 +18,20 @@ import data
 import engine
 from network import BACKBONES, Backbone, MeCoQ, build_backbone, load_checkpoint
 from results import Files, code_bits, is_finished
-from utils import LOG, InputError, Parser, RunError, check_writable, logging_to, one_line, run_script, seed_everything
+from resume import Signals, begin, find_state
+from utils import (
+    LOG,
+    InputError,
+    Parser,
+    RunError,
+    check_writable,
+    locked,
+    logging_to,
+    new_log,
+    one_line,
+    run_script,
+    seed_everything,
+)
 
 # how PyTorch words it on a GPU, on a CPU, and where the shared memory of its workers is full
 OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "bus error", "Bus error", "killed by signal: Killed")
@@ -75,11 +89,18 @@ def _add_run_flags(group: argparse._ArgumentGroup) -> None:
     add("--feature_cache", default=".cache", metavar="DIR",
         help="keeps what the frozen layers make of test images, for all runs that share it; off: compute it again for "
         "every test (default: %(default)s)")
+    add("--compile", action="store_true",
+        help="let PyTorch compile the frozen layers: faster after half a minute or so, other rounding")
     add("--disable_writer", action="store_true", help="write no TensorBoard files")
     add("--test_only", action="store_true", help="train nothing: test the model of --checkpoint")
     add("--checkpoint", metavar="PATH",
         help="model.cpt of a run, or of the authors' release; db_codes.npy beside it is taken for the database's codes")
-    add("--skip_finished", action="store_true", help="do nothing where a run with these flags has finished already")
+    add("--resume", action="store_true",
+        help="go on with the run of this name where it was stopped; begin where there is none, do nothing where it has "
+        "finished")
+    add("--overwrite", action="store_true", help="begin anew and replace the run of this name")
+    add("--save_interval", type=int, default=500,
+        help="steps after which last.cpt is saved, besides at the end of each epoch (default: %(default)s)")
     add("--dry_run", action="store_true",
         help="check the flags, print the resolved configuration as JSON, touch neither data nor device")
 
@@ -216,6 +237,8 @@ def resolve(args: Namespace) -> Namespace:
     if args.lr_scaling is None:
         args.lr_scaling = 1.0 if from_scratch else 1e-3
     check(args)
+    if args.resume and args.overwrite:
+        raise InputError("--resume and --overwrite: go on with the old run, or replace it?")
     if args.device == "cuda":
         args.device = "cuda:0"
     if args.memory not in (None, "none") and args.queue_begin_epoch == -1:
@@ -257,7 +280,16 @@ def check(args: Namespace) -> None:
     for flag, value in vars(args).items():
         require(not isinstance(value, float) or math.isfinite(value), flag, "must be a finite number")
         require(not isinstance(value, int) or value < 2**32, flag, "is beyond any machine")
-    for flag in ("image_size", "feat_dim", "M", "queue_size", "eval_interval", "monitor_counter", "log_interval"):
+    for flag in (
+        "image_size",
+        "feat_dim",
+        "M",
+        "queue_size",
+        "eval_interval",
+        "monitor_counter",
+        "log_interval",
+        "save_interval",
+    ):
         require(getattr(args, flag) >= 1, flag, "must be at least 1")
     for flag in ("limit", "topK"):
         require(getattr(args, flag) is None or getattr(args, flag) >= 1, flag, "must be at least 1")
@@ -290,6 +322,17 @@ def check(args: Namespace) -> None:
         "notes",
         "names files: use letters, digits and . _ + = - only",
     )
+
+
+def take_device(args: Namespace) -> bool:
+    """Make `--device` the current one. Returns whether it lacks bfloat16, for which float32 stands in then. Raises
+    InputError where it is not there."""
+    check_device(args.device)
+    if args.device != "cpu":
+        torch.cuda.set_device(args.device)
+    no_bf16 = args.precision == "bf16" and args.device != "cpu" and not torch.cuda.is_bf16_supported(False)
+    args.precision = "fp32" if no_bf16 else args.precision
+    return no_bf16
 
 
 def check_device(device: str) -> None:
@@ -334,7 +377,10 @@ def build_model(args: Namespace) -> MeCoQ:
     model = assemble(backbone, args)
     if args.test_only:
         load_checkpoint(model, Path(args.checkpoint))
-    return model.to(args.device)
+    model = model.to(args.device)
+    if args.compile and backbone.split:
+        backbone.compile_frozen(args.image_size, args.device)
+    return model
 
 
 def assemble(backbone: Backbone, args: Namespace) -> MeCoQ:
@@ -344,32 +390,34 @@ def assemble(backbone: Backbone, args: Namespace) -> MeCoQ:
 
 
 def run(args: Namespace) -> None:
-    """Build what the flags describe, train and test it. Raises InputError or RunError."""
-    check_device(args.device)
-    if args.device != "cpu":
-        torch.cuda.set_device(args.device)
-    no_bf16 = args.precision == "bf16" and args.device != "cpu" and not torch.cuda.is_bf16_supported(False)
-    args.precision = "fp32" if no_bf16 else args.precision
+    """Build what the flags describe, train and test it. Raises InputError, RunError or Stopped."""
+    no_bf16 = take_device(args)
+    going_on, overwrite = args.resume, args.overwrite
+    del args.resume, args.overwrite  # they are not what the run is
     files = Files(Path(args.output), args.notes)
-    if args.skip_finished and is_finished(files, args):
-        print(f"{files.checkpoints} is finished: skipped")
-        return
-    beside = args.test_only and files.checkpoints.resolve() == Path(args.checkpoint).resolve().parent
-    if args.test_only and (beside or files.model.exists()):
+    same = args.test_only and files.checkpoints.resolve() == Path(args.checkpoint).resolve().parent
+    if args.test_only and (same or files.model.exists()):
         raise InputError(f"--notes {args.notes}: {files.checkpoints} holds a trained model; choose another name")
     for folder in (files.checkpoints, files.log.parent if args.disable_writer else files.tensorboard):
         check_writable(folder)
-    with logging_to(files.log):
-        LOG.info(recipe_line(args))
-        LOG.info("configuration: %s", json.dumps(vars(args)))
-        if no_bf16:
-            LOG.warning("WARNING: this GPU has no bfloat16: running with --precision fp32")
-        splits, model = build(args)
-        if args.test_only:
-            engine.run_test(model, splits, args, files)
-        else:
-            engine.run(model, splits, args, files)
-        LOG.info("results are in %s", files.checkpoints)
+    busy = f"--notes {args.notes}: another process is at this run"
+    with Signals() as signals, locked(files.checkpoints / ".lock", busy, wait=False):
+        if going_on and is_finished(files, args):
+            print(f"{files.checkpoints} is finished: nothing to do")
+            return
+        state = None if overwrite else find_state(files, args, going_on)
+        with new_log(files.log, beside=bool(files.present())) as log, logging_to(log):
+            LOG.info(recipe_line(args))
+            LOG.info("configuration: %s", json.dumps(vars(args)))
+            if no_bf16:
+                LOG.warning("WARNING: this GPU has no bfloat16: running with --precision fp32")
+            splits, model = build(args)
+            take_place = partial(begin, files, log, state)
+            if args.test_only:
+                engine.run_test(model, splits, args, files, take_place)
+            else:
+                engine.run(model, splits, args, files, state, signals, take_place)
+            LOG.info("results are in %s", files.checkpoints)
 
 
 def start(argv: list[str] | None) -> int:
@@ -381,6 +429,8 @@ def start(argv: list[str] | None) -> int:
     try:
         run(args)
     except (MemoryError, RuntimeError) as error:
+        if "DataLoader worker" in str(error) and OUT_OF_MEMORY[-1] not in str(error):
+            raise RunError(one_line(error)) from error
         if not isinstance(error, MemoryError) and not any(words in str(error) for words in OUT_OF_MEMORY):
             raise
         reason = one_line(error)[:200]

@@ -1,12 +1,16 @@
 """What does a run leave? Its files, and how they are read again."""
 
+import errno
+import io
 import json
 import math
 import platform
 import resource
+import shutil
 import sys
 import zipfile
 from argparse import Namespace
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,9 +18,15 @@ import numpy as np
 import torch
 import torchvision
 from torch import Tensor, nn
+from torch.utils.tensorboard import SummaryWriter
 
 from retrieval import Metrics
-from utils import InputError, atomic_write, one_line, sha256
+from utils import LOG, InputError, atomic_write, one_line, sha256
+
+RUN_FILES = (
+    "config.json", "last.cpt", "model.cpt", "db_codes.npy", "db_targets.npy", "PR_curve.txt", "P_at_topK_curve.txt",
+    "metrics.json",
+)  # fmt: skip
 
 
 @dataclass
@@ -42,10 +52,45 @@ class Files:
     def model(self) -> Path:
         return self.checkpoints / "model.cpt"
 
+    @property
+    def last(self) -> Path:
+        return self.checkpoints / "last.cpt"
+
+    @property
+    def new_events(self) -> Path:
+        """Where TensorBoard's files are written anew."""
+        return self.checkpoints / ".events.tmp"
+
+    def present(self) -> list[str]:
+        """Which files of a run there are."""
+        found = [name for name in RUN_FILES if (self.checkpoints / name).exists()]
+        return found + [path.name for path in self.tensorboard.glob("events.out.tfevents.*")]
+
+    def clear(self) -> None:
+        """Remove what an earlier run left, but for its log."""
+        for name in RUN_FILES:
+            (self.checkpoints / name).unlink(missing_ok=True)
+        for path in self.tensorboard.glob("events.out.tfevents.*"):
+            path.unlink()
+        shutil.rmtree(self.new_events, ignore_errors=True)
+
+
+def write_tensors(content: dict, path: Path) -> None:
+    """`torch.save`, atomically; what is there is replaced only once the new file has been read back. Raises OSError."""
+    buffer = io.BytesIO()  # torch.save itself does not end well on a full disk
+    torch.save(content, buffer)
+    with atomic_write(path, "w+b") as file:
+        file.write(buffer.getbuffer())
+        file.flush()
+        file.seek(0)
+        buffer.seek(0)
+        while part := buffer.read(2**24):
+            if file.read(2**24) != part:
+                raise OSError(errno.EIO, "what was written does not read back")
+
 
 def save_model(model: nn.Module, path: Path) -> None:
-    with atomic_write(path) as file:
-        torch.save({name: tensor.cpu() for name, tensor in model.state_dict().items()}, file)  # readable without a GPU
+    write_tensors({name: tensor.cpu() for name, tensor in model.state_dict().items()}, path)  # readable without a GPU
 
 
 def save_results(metrics: Metrics, db_codes: Tensor, db_labels: np.ndarray, args: Namespace, files: Files) -> None:
@@ -80,10 +125,37 @@ def read_metrics(path: Path) -> dict:
     raise InputError(f"{path} is not the metrics.json of a run: move it away")
 
 
+class Events:
+    """TensorBoard's files. Where one can not be written, that is said once and the run goes on without."""
+
+    def __init__(self, folder: Path) -> None:
+        self.writer: SummaryWriter | None = SummaryWriter(str(folder))
+
+    def add_scalar(self, tag: str, value: float, step: int) -> None:
+        self._try(lambda writer: writer.add_scalar(tag, value, step))
+
+    def flush(self) -> None:
+        self._try(lambda writer: writer.flush())
+
+    def __enter__(self) -> "Events":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._try(lambda writer: writer.close())
+
+    def _try(self, action: Callable[[SummaryWriter], object]) -> None:
+        try:
+            if self.writer:
+                action(self.writer)
+        except Exception as error:  # whatever its thread met
+            self.writer = None
+            LOG.warning("WARNING: TensorBoard's files can not be written (%s): going on without them", one_line(error))
+
+
 # flags that say where and how a run goes, not what comes out
 NEUTRAL = {
-    "device", "disable_writer", "download_cifar10", "feature_cache", "log_interval", "notes", "num_workers", "output",
-    "skip_finished",
+    "data_root", "detect_anomaly", "device", "disable_writer", "download_cifar10", "feature_cache", "list_root",
+    "log_interval", "notes", "num_workers", "output", "save_interval",
 }  # fmt: skip
 
 

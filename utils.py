@@ -1,16 +1,21 @@
 """What does everyone need? Errors, seeding, logging, the learning-rate schedule, patience, atomic files."""
 
 import argparse
+import atexit
+import fcntl
 import hashlib
 import json
 import logging
 import math
+import multiprocessing
 import os
 import random
+import signal
 import sys
 import tempfile
+import zipfile
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any, NoReturn
 
@@ -30,6 +35,14 @@ class RunError(Exception):
     """The run itself went wrong (a non-finite loss): one line, exit code 1."""
 
 
+class Stopped(KeyboardInterrupt):
+    """A signal ends the run: one line, exit code 128 + its number."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__(f"stopped by {signal.Signals(number).name}: go on with --resume")
+        self.number = number
+
+
 class Parser(argparse.ArgumentParser):
     """Says what is wrong in one line instead of printing the usage."""
 
@@ -44,6 +57,9 @@ def run_script(script: Callable[[], int | None]) -> int:
     except (InputError, RunError, OSError) as error:  # OSError: a file failed under a sound run
         print(f"error: {one_line(error)}", file=sys.stderr)
         return 2 if isinstance(error, InputError) else 1
+    except Stopped as error:
+        print(error, file=sys.stderr)
+        return 128 + error.number
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
@@ -116,9 +132,23 @@ class Patience:
         return self.worse_in_a_row >= self.limit
 
 
-def progress_bar(iterable: Any, description: str, total: int | None = None) -> tqdm:
+def leave_signals(_: int) -> None:
+    """For worker processes: signals that a whole group gets are the main one's business, which finishes its step."""
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_IGN)
+
+
+@atexit.register
+def _end_workers() -> None:
+    """They would ignore the signal by which Python asks those that are left to end, and waits."""
+    for worker in multiprocessing.active_children():
+        worker.kill()
+
+
+def progress_bar(iterable: Any, description: str, total: int | None = None, done: int = 0) -> tqdm:
     """A tqdm bar that is silent where standard error is no terminal."""
-    return tqdm(iterable, desc=description, total=total, leave=False, disable=not sys.stderr.isatty())
+    quiet = not sys.stderr.isatty()
+    return tqdm(iterable, desc=description, total=total, initial=done, leave=False, disable=quiet)
 
 
 class _LogThroughTqdm(logging.StreamHandler):
@@ -130,6 +160,59 @@ class _LogThroughTqdm(logging.StreamHandler):
 
 
 @contextmanager
+def new_log(path: Path, beside: bool) -> Iterator[Path]:
+    """Where to write a log: `path`, or a file `beside` it, which the context may rename onto `path`; if it does not,
+    the file is removed.
+
+    Raises InputError where `path` can not be written.
+    """
+    temporary = path.with_name(f".{path.name}.tmp")
+    try:
+        temporary.unlink(missing_ok=True)
+        if path.exists():
+            with path.open("a"):
+                pass
+    except OSError as error:
+        raise InputError(f"cannot write to {path}: {error.strerror}; name another folder") from error
+    try:
+        yield temporary if beside else path
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def locked(path: Path, busy: str, wait: bool) -> Iterator[None]:
+    """Held by one process at a time (`busy` says who has it now); the system lets go of it when the process dies.
+
+    Raises InputError where another process holds it, if not to `wait` for that.
+    """
+    try:
+        file = path.open("w")
+    except OSError as error:
+        raise InputError(f"cannot write to {path}: {error.strerror}; name another folder") from error
+    with file:
+        try:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # not flock, which workers would inherit
+        except (BlockingIOError, PermissionError):
+            if not wait:
+                raise InputError(busy) from None
+            LOG.info(busy)
+            fcntl.lockf(file, fcntl.LOCK_EX)
+        yield
+
+
+class _LogFile(logging.FileHandler):
+    """Where the file can not be written, that is said once and the run goes on."""
+
+    def handleError(self, _: logging.LogRecord) -> None:  # noqa: N802
+        if not self.failed:
+            print(f"WARNING: cannot write to {self.baseFilename}: {one_line(sys.exc_info()[1])}", file=sys.stderr)
+        self.failed = True
+
+    failed = False
+
+
+@contextmanager
 def logging_to(path: Path) -> Iterator[None]:
     """Log lines go to the screen and are appended to `path`, at last the error that ends the context, if one does.
 
@@ -137,7 +220,7 @@ def logging_to(path: Path) -> Iterator[None]:
     """
     formatter = logging.Formatter("%(asctime)s - %(message)s")
     try:
-        handlers = [_LogThroughTqdm(sys.stdout), logging.FileHandler(path, encoding="utf-8")]
+        handlers = [_LogThroughTqdm(sys.stdout), _LogFile(path, encoding="utf-8")]
     except OSError as error:
         raise InputError(f"cannot write to {path}: {error.strerror}; name another folder") from error
     LOG.setLevel(logging.INFO)
@@ -149,12 +232,13 @@ def logging_to(path: Path) -> Iterator[None]:
         yield
     except BaseException as error:
         LOG.removeHandler(handlers[0])  # the screen is told by `main`
-        LOG.error("stopped: %s", one_line(error))
+        LOG.error("%s" if isinstance(error, Stopped) else "stopped: %s", one_line(error))
         raise
     finally:
         for handler in handlers:
             LOG.removeHandler(handler)
-        handlers[1].close()
+        with suppress(OSError):
+            handlers[1].close()
 
 
 @contextmanager
@@ -171,8 +255,11 @@ def atomic_write(path: Path, mode: str = "wb") -> Iterator[IO]:
             file.flush()
             os.fsync(file.fileno())
         temporary.replace(path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
+    except BaseException as error:
+        with suppress(OSError):
+            temporary.unlink(missing_ok=True)
+        if isinstance(error, OSError) and error.filename is None:
+            error.filename = str(path)  # a full disk names no file
         raise
 
 
@@ -181,6 +268,17 @@ def write_json(path: Path, content: dict) -> None:
     with atomic_write(path, "w") as file:
         json.dump(content, file, indent=2)
         file.write("\n")
+
+
+def load_tensors(path: Path) -> Any:
+    """What `torch.save` wrote, tensors and plain values, on the CPU. The sums in the file are checked, which
+    `torch.load` does not do. Raises nearly anything where it is damaged, or holds more."""
+    if zipfile.is_zipfile(path):
+        with zipfile.ZipFile(path) as archive:
+            damaged = archive.testzip()
+        if damaged:
+            raise zipfile.BadZipFile(f"{damaged} in it is damaged")
+    return torch.load(path, map_location="cpu", weights_only=True)
 
 
 def sha256(path: Path) -> str:

@@ -87,8 +87,10 @@ def main(argv: list[str] | None = None) -> None:
     own = [flag for flag in program.DIFFERENCES if flag != "hp_lambda" and getattr(given, flag) is not None]
     if own or given.recipe != "paper":
         raise InputError(f"--{own[0] if own else 'recipe'}: this script sets the recipes and their flags itself")
-    if given.dry_run or given.test_only or given.skip_finished:
-        raise InputError("--dry_run, --test_only and --skip_finished have no place here: every cell is trained once")
+    if given.dry_run or given.test_only or given.resume or given.overwrite:
+        raise InputError(
+            "--dry_run, --test_only and --resume, --overwrite have no place here: every cell is trained once"
+        )
     if given.hp_lambda == 0 or given.epoch_num < 1:
         raise InputError("--hp_lambda and --epoch_num must be more than 0 here")
     chosen = settings(program.DIFFERENCES["hp_lambda"][1] if given.hp_lambda is None else given.hp_lambda)

@@ -2,7 +2,7 @@
 # Runs a list of the scripts on a list of GPUs, one after the other on each; a GPU that is free takes the next of the list.
 #   bash scripts/run_all.sh 0,1,2,3 1-24
 #   bash scripts/run_all.sh 0,0,1 7,9,13-18 --recipe release --output runs/release    # two at a time on GPU 0
-# Further flags go to every run. What is finished with the same flags is skipped; the exit code is 1 if one failed.
+# Further flags go to every run. What is finished with the same flags is skipped, what was stopped goes on; the exit code is 1 if one failed.
 set -euo pipefail
 refuse() {
     echo "error: $1" >&2
@@ -38,7 +38,8 @@ work() {
     for name in "${scripts[@]}"; do
         mkdir "$queue/$name" 2>/dev/null || continue
         echo "$(date '+%F %T') $gpu: $name"
-        if bash "scripts/$name" "$gpu" --skip_finished "${@:2}" 2>&1 >/dev/null | sed "s/^/$name: /" >&2; then
+        if bash "scripts/$name" "$gpu" --resume "${@:2}" 2>&1 >/dev/null |
+            (trap '' INT TERM HUP && exec sed "s/^/$name: /" >&2); then # it outlives the run, whose last word it passes on
             touch "$queue/$name/done"
             echo "$(date '+%F %T') $gpu: $name is finished"
         else

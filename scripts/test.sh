@@ -1,8 +1,12 @@
 #!/usr/bin/env bash
-# Checks the style and runs the tests; further arguments are passed on to pytest.
+# Checks the style and runs the tests; further arguments are passed on to pytest. --all: many more kills and damaged files.
 set -euo pipefail
 source "$(dirname "$0")/venv.sh" requirements-test.txt
 
+if [[ "${1:-}" == --all ]]; then
+    export MECOQ_ALL=1
+    shift
+fi
 style=0
 "$python" -m ruff check . && "$python" -m ruff format --check . || style=$?
 "$python" -m pytest "$@"

@@ -66,7 +66,7 @@ def model_of(args):
 def test_every_output_file_reads_back_and_they_agree(finished):
     folder = finished / "checkpoints" / "small"
     names = {"model.cpt", "db_codes.npy", "db_targets.npy", "PR_curve.txt", "P_at_topK_curve.txt", "config.json",
-             "metrics.json"}  # fmt: skip
+             "metrics.json", "last.cpt", ".lock"}  # fmt: skip
     assert {path.name for path in folder.iterdir()} == names
     config, metrics = (json.loads((folder / f"{name}.json").read_text()) for name in ("config", "metrics"))
     codes = np.load(folder / "db_codes.npy", allow_pickle=False)
@@ -450,9 +450,9 @@ def test_finished_runs_are_skipped_and_others_protected(finished, tmp_path, caps
     shutil.copytree(finished, tmp_path, dirs_exist_ok=True)
     metrics = tmp_path / "checkpoints" / "small" / "metrics.json"
     before = metrics.read_bytes()
-    flags = [*SMALL, *LIVELY, "--output", str(tmp_path), "--notes", "small", "--skip_finished"]
+    flags = [*SMALL, *LIVELY, "--output", str(tmp_path), "--notes", "small", "--resume"]
     assert main.main([*flags, "--num_workers", "1"]) == 0
-    assert "is finished: skipped" in capsys.readouterr().out
+    assert "is finished: nothing to do" in capsys.readouterr().out
     assert main.main([*flags, "--seed", "7", "--pairing", "all"]) == 2
     assert "holds a run with seed=2021, pairing=own: give this one another" in capsys.readouterr().err
     assert metrics.read_bytes() == before
@@ -464,13 +464,14 @@ def test_finished_runs_are_skipped_and_others_protected(finished, tmp_path, caps
     assert "it runs" in capsys.readouterr().out
     model.write_bytes(weights)
     monkeypatch.undo()
-    assert main.main([*flags, "--data_root", "elsewhere"]) == 2
+    assert main.main([*flags, "--data_root", "elsewhere"]) == 0
+    assert main.main([*flags, "--weights", "random", "--backbone", "resnet18", "--image_size", "32"]) == 2
     capsys.readouterr()
     metrics.write_text("{}")
     assert main.main(flags) == 2
     assert "is not the metrics.json of a run" in capsys.readouterr().err
     metrics.unlink()
-    assert main.main(flags) == 0
+    assert main.main(flags) == 0  # tested again
     assert json.loads(metrics.read_text())["map"] == json.loads(before)["map"]
 
 
@@ -525,14 +526,14 @@ def test_golden_release_trace(golden):
     model.projection.weight.data, model.projection.bias.data, model.quantizer.codebooks.data = (
         torch.from_numpy(numbers[name]) for name in ("W0", "b0", "C0")
     )
-    optimizer = engine.build_optimizer(model, args)
-    scheduler = engine.build_scheduler(optimizer, args, c["steps_per_epoch"])
     steps = Recorded(torch.from_numpy(numbers["feats"]).flatten(1, 2))
     writer = Namespace(losses=[])
     writer.add_scalar = lambda tag, value, step: tag == "loss/total_loss" and writer.losses.append(value)
+    training = engine.start(model, steps[: c["steps_per_epoch"]], args)
+    training.events = writer
     for epoch in range(c["epochs"]):
-        part = Recorded(steps[epoch * c["steps_per_epoch"] :][: c["steps_per_epoch"]])
-        engine.train_epoch(model, part, optimizer, scheduler, epoch, args, writer)
+        training.epoch, training.step, training.sums = epoch, 0, {}
+        engine.train_epoch(training, Recorded(steps[epoch * c["steps_per_epoch"] :][: c["steps_per_epoch"]]), args)
     np.testing.assert_allclose(writer.losses, numbers["loss"], atol=1e-4)
     np.testing.assert_allclose(model.projection.weight.detach(), numbers["W"], atol=1e-4)
     np.testing.assert_allclose(model.projection.bias.detach(), numbers["b"], atol=1e-4)
@@ -546,13 +547,13 @@ def test_a_step_reads_nothing_from_the_device(kind, monkeypatch):
     `--log_interval` steps is taken away, and fails where it is not."""
     args = args_of("--queue_begin_epoch", "0", "--memory", kind, "--hp_lambda", "0.1", "--precision", "fp32")
     model = model_of(args).to("meta")
-    optimizer = engine.build_optimizer(model, args)
-    scheduler = engine.build_scheduler(optimizer, args, 3)
     steps = Recorded([torch.empty(12, 3, 16, 16, device="meta")] * 3)
+    training = engine.start(model, steps, args)
     with pytest.raises((RuntimeError, NotImplementedError), match=r"[Mm]eta"):
-        engine.train_epoch(model, steps, optimizer, scheduler, 0, args, None)
+        engine.train_epoch(training, steps, args)
     monkeypatch.setattr(engine.StepLog, "add", lambda *_: None)
-    engine.train_epoch(model, steps, optimizer, scheduler, 0, args, None)
+    training.step = 0
+    engine.train_epoch(training, steps, args)
 
 
 @pytest.mark.parametrize("interval", ["1", "3", "1000"])
@@ -571,13 +572,13 @@ def test_memory_is_used_from_its_epoch_on_and_holds_both_views(monkeypatch):
     args = args_of("--epoch_num", "3", "--queue_begin_epoch", "2")
     model, splits = model_of(args), data.load_splits("Digits", "I", 1, Path("none"), limit=20)
     loader = data.train_loader(splits, args)
-    optimizer = engine.build_optimizer(model, args)
-    scheduler = engine.build_scheduler(optimizer, args, len(loader))
+    training = engine.start(model, loader, args)
     seen = []
     original = engine.objective
     monkeypatch.setattr(engine, "objective", lambda *a: seen.append((a[2], model.memory.filled)) or original(*a))
     for epoch in range(3):
-        engine.train_epoch(model, loader, optimizer, scheduler, epoch, args, None)
+        training.epoch, training.step = epoch, 0
+        engine.train_epoch(training, loader, args)
     # 16 + 4 images a epoch, two views each, 40 slots
     assert seen == [(False, 0), (False, 32), (False, 40), (False, 40), (True, 40), (True, 40)]
 
@@ -702,7 +703,8 @@ def test_an_image_that_turns_unreadable_ends_the_run_in_one_line(workers, photo_
     flags += ["--limit", "1000", "--num_workers", workers, "--output", str(tmp_path / "out")]
     assert main.main([*SMALL, *flags]) == 1
     error = capsys.readouterr().err.strip()
-    assert error.startswith(f"error: {bad} became unreadable during the run")
+    assert error.startswith("error: epoch 0, step ")
+    assert f": {bad} became unreadable during the run" in error
     assert error.endswith("last good checkpoint: none was saved yet")
     assert "\n" not in error
     assert "Traceback" not in error

@@ -139,7 +139,7 @@ def test_runs_of_all_lengths_recipes_and_seeds_share_a_cache_that_they_do_not_to
     key = json.loads(next(cache.glob("*/key.json")).read_text())["key"]
     assert key["images"] == 1797
     for further in (["--M", "4"], ["--recipe", "release"], ["--seed", "3"], ["--batch_size", "7", "--views", "pil"]):
-        small_run(tmp_path, *flags, *further, notes="further")
+        small_run(tmp_path, *flags, *further, "--overwrite", notes="further")
     assert written(cache) == before
 
 

@@ -21,7 +21,7 @@ DEFAULTS = {
     "hp_lambda": 0, "codebooks": "trained", "pairing": "own", "debias_memory": True, "negative_bound": "dcl",
     "normalize_memory": True, "keep_lr_scaling": True, "normalize_query": True, "detect_anomaly": False,
     "memory": "none", "skip_bad_images": False,
-    "test_only": False, "checkpoint": None, "skip_finished": False,
+    "test_only": False, "checkpoint": None, "resume": False, "overwrite": False, "compile": False, "save_interval": 500,
 }  # fmt: skip
 
 

@@ -353,7 +353,7 @@ def test_run_all_runs_each_script_once_and_reports_failures(stub):
     configs = [main.resolve(main.build_parser().parse_args(call)) for call in calls]
     rows = run_configs()
     assert sorted(c.notes for c in configs) == sorted(rows[i - 1]["notes"] for i in (1, 2, 3, 4, 5, 9))
-    assert all(c.recipe == "release" and c.skip_finished for c in configs)
+    assert all(c.recipe == "release" and c.resume for c in configs)
     assert {c.device for c in configs} <= {"cuda:0", "cuda:2", "cpu"}
     assert result.returncode == 1
     assert "run0003.sh: error: no data" in result.stderr

@@ -1,0 +1,373 @@
+"""What a run goes on from, what it refuses to, and what it does to a run that is there already."""
+
+import io
+import json
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import ROOT, written_below
+from test_engine import LIVELY, SMALL, args_of, model_of, small_run
+from test_scripts import call, refused
+
+import data
+import engine
+import main
+import resume
+import utils
+from results import Events, Files, write_tensors
+from utils import InputError, Stopped
+
+FROZEN = ["--backbone", "squeezenet1_0", "--weights", "random", "--image_size", "32"]
+
+
+class Killed(BaseException):
+    """No code catches it."""
+
+
+def killed_run(output, monkeypatch, *flags, step=8):
+    """A run that ends without any ado before its `step`-th step. Returns its folder."""
+    original, steps = engine.objective, []
+
+    def objective(*arguments):
+        steps.append(0)
+        if len(steps) == step:
+            raise Killed
+        return original(*arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(engine, "objective", objective)
+        with pytest.raises(Killed):
+            main.main([*SMALL, "--save_interval", "2", "--output", str(output), "--notes", "small", *flags])
+    return output / "checkpoints" / "small"
+
+
+def again(output, *flags):
+    return main.main([*SMALL, "--save_interval", "2", "--output", str(output), "--notes", "small", *flags])
+
+
+# ---------------------------------------------------------------- going on
+
+
+@pytest.mark.parametrize("kind", ["soft", "hard", "feature", "none"])
+def test_a_restored_training_is_the_same_in_every_part(kind, tmp_path):
+    args = args_of("--memory", kind, "--queue_begin_epoch", "0", "--optimizer", "Adam") if kind != "none" else args_of()
+    splits = data.load_splits("Digits", "I", 1, tmp_path, limit=60)
+    loader = data.train_loader(splits, args)
+    trainings = []
+    for _ in range(2):
+        torch.manual_seed(5)
+        trainings.append(engine.start(model_of(args), loader, args, tmp_path / "last.cpt", "data"))
+    first, second = trainings
+    engine.train_epoch(first, loader, args)
+    torch.manual_seed(6)
+    first.save()
+    drawn = torch.rand(3)
+    second.restore(resume.read_state(tmp_path / "last.cpt", args))
+    assert torch.equal(torch.rand(3), drawn)
+    for a, b in zip(first.model.state_dict().values(), second.model.state_dict().values(), strict=True):
+        assert torch.equal(a, b)
+    assert first.scheduler.get_last_lr() == second.scheduler.get_last_lr()
+    assert (second.epoch, second.step, second.sums) == (0, len(loader), first.sums)
+    if first.model.memory:
+        assert torch.equal(first.model.memory.entries(), second.model.memory.entries())
+        assert first.model.memory.next == second.model.memory.next
+    for training in trainings:
+        training.epoch, training.step, training.sums = 1, 0, {}
+    assert engine.train_epoch(first, loader, args) == engine.train_epoch(second, loader, args)
+
+
+def test_frozen_weights_are_not_saved_again():
+    args = args_of(
+        "--backbone", "squeezenet1_0", "--weights", "random", "--image_size", "32", "--trainable_layer_num", "1"
+    )
+    names = resume.changing(model_of(args))
+    assert {name for name in names if name.startswith("backbone.")} == {
+        f"backbone.net.features.12.{part}.{kind}"
+        for part in ("squeeze", "expand1x1", "expand3x3")
+        for kind in ("weight", "bias")
+    }
+    assert {"projection.weight", "projection.bias", "quantizer.codebooks"} < set(names)
+
+
+def test_resume_begins_where_nothing_is(tmp_path):
+    assert again(tmp_path, "--resume") == 0
+    assert again(tmp_path, "--resume") == 0  # and has nothing to do now
+
+
+def test_flags_that_change_the_result_are_refused_and_others_are_not(tmp_path, monkeypatch, capsys):
+    folder = killed_run(tmp_path, monkeypatch)
+    before = {path: path.read_bytes() for path in folder.iterdir()}
+    assert again(tmp_path, "--resume", "--lr", "0.07", "--K", "16") == 2
+    error = capsys.readouterr().err
+    assert "with --lr 0.05 (now 0.07), --K 8 (now 16)" in error or "with --K 8 (now 16), --lr 0.05 (now 0.07)" in error
+    assert error.count("\n") == 1
+    assert {path: path.read_bytes() for path in folder.iterdir()} == before
+    others = ["--num_workers", "2", "--save_interval", "5", "--log_interval", "1", "--data_root", "elsewhere"]
+    assert again(tmp_path, "--resume", *others) == 0
+    expected = small_run(tmp_path / "b")
+    assert (folder / "model.cpt").read_bytes() == (expected / "model.cpt").read_bytes()
+    assert (folder / "db_codes.npy").read_bytes() == (expected / "db_codes.npy").read_bytes()
+
+
+def test_other_images_are_refused(tmp_path, monkeypatch, capsys):
+    killed_run(tmp_path, monkeypatch)
+    original = data.load_digits
+    changed = lambda images: data.Images(255 - images.pixels, images.labels)  # noqa: E731
+    monkeypatch.setattr(data, "load_digits", lambda seed: original(seed).each(changed))
+    assert again(tmp_path, "--resume") == 2
+    assert "other images, labels or weights" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["PR_curve.txt", "metrics.json"])
+def test_a_test_and_an_untrained_model_can_be_resumed_as_well(name, tmp_path, monkeypatch):
+    base = small_run(tmp_path / "base")
+    for flags in (["--epoch_num", "0"], ["--test_only", "--checkpoint", str(base / "model.cpt")]):
+        output = tmp_path / flags[0]
+        original = Path.replace
+
+        def replace(path, target, original=original):
+            if Path(target).name == name:
+                raise Killed
+            return original(path, target)
+
+        with monkeypatch.context() as patch, pytest.raises(Killed):
+            patch.setattr(Path, "replace", replace)
+            again(output, *flags)
+        assert not (output / "checkpoints" / "small" / "metrics.json").exists()
+        assert again(output, *flags, "--resume") == 0
+        assert (output / "checkpoints" / "small" / "metrics.json").exists()
+
+
+def test_only_what_was_saved_is_named(tmp_path, monkeypatch, capsys):
+    def full(content, path):
+        raise OSError(28, "No space left on device", str(path))
+
+    original = engine.save_model
+    monkeypatch.setattr(engine, "save_model", lambda model, path: full(0, path))
+    assert again(tmp_path) == 1
+    error = capsys.readouterr().err
+    assert "No space left" in error
+    assert "none was saved yet" in error
+    monkeypatch.setattr(engine, "save_model", original)
+    assert again(tmp_path, "--resume") == 0
+
+
+@pytest.mark.parametrize("content", [b"", b"junk", {"epoch": 1}, {"format": 99}, [1], "half"])
+def test_states_that_are_none_are_refused(content, tmp_path, monkeypatch, capsys):
+    folder = killed_run(tmp_path, monkeypatch)
+    last = folder / "last.cpt"
+    if content == "half":
+        state = torch.load(last, weights_only=True)
+        del state["optimizer"]["param_groups"]
+        torch.save(state, last)
+    elif isinstance(content, bytes):
+        last.write_bytes(content)
+    else:
+        torch.save(content, last)
+    assert again(tmp_path, "--resume") == 2
+    error = capsys.readouterr().err
+    assert str(last) in error
+    assert "--overwrite" in error
+    assert error.count("\n") == 1
+    assert again(tmp_path, "--overwrite") == 0
+
+
+# ---------------------------------------------------------------- a run that is there
+
+
+def test_a_run_is_replaced_on_demand_only(tmp_path, monkeypatch, capsys):
+    folder = small_run(tmp_path)
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    assert again(tmp_path, "--seed", "9") == 2
+    error = capsys.readouterr().err
+    assert all(flag in error for flag in ("--resume", "--overwrite", "--notes"))
+    for wrong in (["--dataset", "CIFAR10", "--data_root", str(tmp_path / "none")],
+                  [*FROZEN, "--feature_cache", str(folder / "model.cpt" / "x")]):  # fmt: skip
+        assert again(tmp_path, "--overwrite", *wrong) == 2
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
+    assert again(tmp_path, "--resume", "--overwrite") == 2
+    assert again(tmp_path, "--overwrite", "--seed", "9", "--epoch_num", "1") == 0
+    assert json.loads((folder / "metrics.json").read_text())["seed"] == 9
+    log = (tmp_path / "logs" / "small.log").read_text()
+    assert '"seed": 9' in log
+    assert '"seed": 2021' not in log
+    assert len(list((tmp_path / "logs" / "small").iterdir())) == 1
+
+
+def test_what_failed_before_it_began_is_no_run(tmp_path, capsys):
+    flags = ["--dataset", "CIFAR10", "--data_root", str(tmp_path / "none")]
+    assert again(tmp_path, *flags) == 2
+    assert "stopped: " in (tmp_path / "logs" / "small.log").read_text()
+    assert again(tmp_path, "--feature_cache", str(tmp_path / "logs" / "small.log" / "x"), *FROZEN) == 2
+    assert again(tmp_path) == 0
+    assert not list(tmp_path.rglob("*.tmp"))
+
+
+def test_two_processes_do_not_share_a_run(tmp_path, capsys):
+    folder = Files(tmp_path, "small").checkpoints
+    folder.mkdir(parents=True)
+    code = f"import fcntl, time; f = open({str(folder / '.lock')!r}, 'w'); fcntl.lockf(f, fcntl.LOCK_EX); print(1, flush=True); time.sleep(60)"  # noqa: E501
+    other = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE)
+    try:
+        other.stdout.readline()
+        assert again(tmp_path) == 2
+        assert "another process is at this run" in capsys.readouterr().err
+    finally:
+        other.kill()
+        other.wait()
+    assert again(tmp_path) == 0
+
+
+# ---------------------------------------------------------------- signals
+
+
+def test_signals_wait_while_they_are_deferred():
+    with resume.Signals() as signals:
+        with pytest.raises(Stopped) as stopped:
+            signal.raise_signal(signal.SIGTERM)
+        assert stopped.value.number == signal.SIGTERM
+        with pytest.raises(Stopped, match="SIGINT"), signals.deferred():
+            signal.raise_signal(signal.SIGINT)
+            assert signals.waiting
+            with pytest.raises(Stopped, match="SIGTERM"):
+                signal.raise_signal(signal.SIGTERM)  # the second does not wait
+            signals.check()
+    with resume.Signals() as signals:
+        with pytest.raises(Stopped), signals.deferred():
+            signal.raise_signal(signal.SIGINT)  # said when the deferral ends, at the latest
+        assert not signals.deferring
+    with resume.Signals() as signals:
+        signal.raise_signal(signal.SIGUSR1)
+        assert signals.waiting
+        signals.check()
+        assert not signals.waiting
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+
+
+def test_a_signal_while_validating_saves_the_epoch(tmp_path, monkeypatch):
+    original = engine.validate
+
+    def validate(*arguments):
+        signal.raise_signal(signal.SIGTERM)
+        return original(*arguments)
+
+    monkeypatch.setattr(engine, "validate", validate)
+    assert again(tmp_path) == 143
+    state = torch.load(tmp_path / "checkpoints" / "small" / "last.cpt", weights_only=True)
+    assert (state["epoch"], state["step"], state["history"]) == (0, 7, [])
+    monkeypatch.undo()
+    assert again(tmp_path, "--resume") == 0
+    expected = small_run(tmp_path / "b")
+    assert (tmp_path / "checkpoints" / "small" / "model.cpt").read_bytes() == (expected / "model.cpt").read_bytes()
+    lines = (tmp_path / "logs" / "small.log").read_text().splitlines()
+    assert sum("epoch 0: avg loss" in line for line in lines) == 1
+    assert sum("stopped by SIGTERM" in line for line in lines) == 1
+
+
+# ---------------------------------------------------------------- files
+
+
+class Changing(io.BytesIO):
+    """As if the disk had changed a byte."""
+
+    def read(self, size=-1):
+        return super().read(size).replace(b"b", b"x")
+
+
+def test_states_are_saved_as_often_as_time_allows(tmp_path, monkeypatch):
+    args = args_of()
+    training = engine.start(model_of(args), [0] * 7, args, tmp_path / "last.cpt", "data")
+    monkeypatch.setattr(resume, "write_tensors", lambda state, path: (clock.append(clock[-1] + 1), saved.append(state)))
+    clock, saved = [training.began], []
+    monkeypatch.setattr(resume.time, "perf_counter", lambda: clock[-1])
+    for _ in range(200):
+        clock.append(clock[-1] + 1)
+        training.save(if_cheap=True)
+    assert 2 <= len(saved) <= 6
+    training.save()
+    training.epoch = args.epoch_num
+    training.save(if_cheap=True)  # the last one always
+    assert [state["epoch"] for state in saved[-3:]] == [0, 0, 2]
+
+
+def test_a_file_that_does_not_read_back_is_not_taken(tmp_path, monkeypatch):
+    path = tmp_path / "x.cpt"
+    write_tensors({"a": torch.ones(3)}, path)
+    before = path.read_bytes()
+    monkeypatch.setattr("results.torch.save", lambda content, buffer: buffer.write(b"abc"))
+    monkeypatch.setattr("results.io.BytesIO", Changing)
+    with pytest.raises(OSError, match="does not read back"):
+        write_tensors({"a": torch.zeros(3)}, path)
+    assert path.read_bytes() == before
+    assert written_below(tmp_path) == ["x.cpt"]
+
+
+def test_a_log_that_can_not_be_written_stops_nothing(tmp_path, capsys):
+    full = tmp_path / "full.log"
+    full.symlink_to("/dev/full")
+    with utils.logging_to(full):
+        utils.LOG.info("one")
+        utils.LOG.info("two")
+    output = capsys.readouterr()
+    assert "one" in output.out
+    assert "two" in output.out
+    assert output.err.count("WARNING: cannot write to") == 1
+    assert "Traceback" not in output.err
+
+
+def test_tensorboard_that_can_not_be_written_stops_nothing(tmp_path, monkeypatch):
+    said = []
+    monkeypatch.setattr(utils.LOG, "warning", lambda *words: said.append(words))
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    with Events(tmp_path) as events:
+        monkeypatch.setattr(events.writer, "add_scalar", full)
+        events.add_scalar("lr", 1.0, 0)
+        events.add_scalar("lr", 1.0, 1)
+        events.flush()
+    assert len(said) == 1
+    assert "going on without them" in said[0][0]
+
+
+# ---------------------------------------------------------------- inspect_checkpoint.py
+
+
+def test_inspect_checkpoint(tmp_path, capsys, monkeypatch):
+    folder = small_run(tmp_path, *LIVELY)
+    capsys.readouterr()
+    assert call("inspect_checkpoint", folder) == 0
+    output = capsys.readouterr().out
+    metrics = json.loads((folder / "metrics.json").read_text())
+    assert "model.cpt: whole" in output
+    assert "last.cpt: whole" in output
+    assert "2 codebooks of 64 codewords of 4 dimensions: 12 bits an image" in output
+    assert f"MAP@20 {metrics['map']:.6f}" in output
+    assert "stands in epoch 2 of 2" in output
+    assert "quantizer.codebooks [2, 64, 4] float32" in output
+    assert "NOT" not in output
+    model = folder / "model.cpt"
+    state = torch.load(model, weights_only=True)
+    state["projection.bias"][0] = torch.nan
+    torch.save(state, model)
+    assert call("inspect_checkpoint", model) == 0
+    output = capsys.readouterr().out
+    assert "NOT FINITE: projection.bias" in output
+    assert "NOT THE SAME MODEL" in output
+    model.write_bytes(model.read_bytes()[:-2000])
+    assert "not a readable" in refused(capsys, "inspect_checkpoint", model)
+    (folder / "last.cpt").write_bytes(b"x")
+    assert "is damaged" in refused(capsys, "inspect_checkpoint", folder / "last.cpt")
+    assert "neither a model.cpt" in refused(capsys, "inspect_checkpoint", ROOT / "docs")
+    stopped = killed_run(tmp_path / "stopped", monkeypatch, step=7)
+    assert call("inspect_checkpoint", stopped / "last.cpt") == 0
+    output = capsys.readouterr().out
+    assert "stands in epoch 0 of 2, 6 steps of it done; not validated yet" in output
+    assert "has not finished" in output
+    with pytest.raises(InputError):
+        resume.load_state(ROOT / "README.md")

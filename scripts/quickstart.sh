@@ -6,8 +6,8 @@ source "$(dirname "$0")/venv.sh" requirements.txt
 
 flags=(--dataset Digits --backbone convnet --image_size 32 --M 4 --feat_dim 64 --T 0.3 --mode debias --pos_prior 0.1
     --lr 0.05 --topK 100)
-"$python" main.py "${flags[@]}" --epoch_num 0 --notes quickstart-untrained --disable_writer
-"$python" main.py --epoch_num 15 --queue_begin_epoch 5 "${flags[@]}" --notes quickstart
+"$python" main.py "${flags[@]}" --epoch_num 0 --notes quickstart-untrained --disable_writer --resume
+"$python" main.py --epoch_num 15 --queue_begin_epoch 5 "${flags[@]}" --notes quickstart --resume
 "$python" - <<'PY'
 import json
 

@@ -175,7 +175,7 @@ def test_a_stopped_run_saves_its_step_and_goes_on_there(number, code, forked, un
 
 def test_workers_outlive_the_signal_however_long_the_step_takes(undisturbed, tmp_path):
     flags = [*undisturbed["trained"][0], "--output", tmp_path, "--num_workers", "2", "--views", "pil"]
-    process = start(*flags, "--save_interval", "1", pause=7)
+    process = start(*flags, "--save_interval", "1", pause=4)
     last = tmp_path / "checkpoints" / "small" / "last.cpt"
     wait_for(lambda: last.exists() or process.poll() is not None)
     time.sleep(1)

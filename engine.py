@@ -253,7 +253,9 @@ def train(
             if training.best_is_now:
                 save_model(model, files.model)
                 training.saved_best = patience.best
-            signals.check()
+            if signals.waiting:
+                training.save()
+                signals.check()
 
 
 @contextmanager

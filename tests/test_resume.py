@@ -268,6 +268,21 @@ def test_a_signal_while_validating_saves_the_epoch(tmp_path, monkeypatch):
     assert sum("stopped by SIGTERM" in line for line in lines) == 1
 
 
+def test_a_signal_at_the_end_of_an_epoch_saves_it_even_where_that_is_dear(tmp_path, monkeypatch):
+    monkeypatch.setattr(resume, "SHARE", 0)
+    original = engine.LOG.info
+
+    def info(line, *values):
+        original(line, *values)
+        if line.startswith("val "):
+            signal.raise_signal(signal.SIGTERM)
+
+    monkeypatch.setattr(engine.LOG, "info", info)
+    assert main.main([*SMALL, "--output", str(tmp_path), "--notes", "small"]) == 143
+    state = torch.load(tmp_path / "checkpoints" / "small" / "last.cpt", weights_only=True)
+    assert (state["epoch"], state["step"], len(state["history"])) == (1, 0, 1)
+
+
 # ---------------------------------------------------------------- files
 
 

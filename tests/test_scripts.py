@@ -402,7 +402,7 @@ def test_run_all_interrupted_ends_its_runs_and_starts_no_other(number, tmp_path)
     process = subprocess.Popen(
         ["bash", "scripts/run_all.sh", "0,1", "1-6"], cwd=ROOT, env=os.environ | {"MECOQ_PYTHON": str(python)},
         stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # ignored where the tests run in background
+        preexec_fn=lambda: signal.signal(number, signal.SIG_DFL),  # ignored where the tests run in background
     )  # fmt: skip
     try:
         wait_for(lambda: len(pids.read_text().split()) == 2)

@@ -298,7 +298,7 @@ def test_killed_while_writing(weights, tmp_path):
 def test_two_processes_at_once_fill_one_cache(weights, tmp_path):
     cache = tmp_path / "cache"
     flags = [*SMALL, *FROZEN, "--limit", "200", "--weights", weights, "--epoch_num", "0", "--feature_cache", str(cache)]
-    processes = [start(1, *flags, "--output", str(tmp_path), "--notes", name) for name in ("a", "b")]
+    processes = [start(0.5, *flags, "--output", str(tmp_path), "--notes", name) for name in ("a", "b")]
     outputs = [process.communicate(timeout=120)[0].decode() for process in processes]
     assert [process.returncode for process in processes] == [0, 0], outputs
     assert sum("waiting for another process" in output for output in outputs) == 1

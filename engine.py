@@ -375,9 +375,8 @@ def run(
     training = start(model, loader, args, files.last, fingerprint(splits, model.backbone))
     if state:
         training.restore(state)
-        watch.seconds = training.seconds
         LOG.info("going on in epoch %d, with step %d", training.epoch, training.step)
-    training.seconds = watch.seconds
+    watch.seconds = training.seconds
     with watch.measure("features"):
         known = test_features(model.backbone, splits, args)
     begin()
@@ -447,7 +446,6 @@ def saved_codes(path: Path, model: MeCoQ, database: data.Images | ImageFiles, ar
     if model_of_codes not in (None, sha256(Path(args.checkpoint))):
         raise InputError(f"{path} was made with another model than --checkpoint: {advice}")
     probe = np.linspace(0, len(database), min(64, len(database)), endpoint=False).astype(int)
-    model.eval()
     anew = encode(model, Computed(model.backbone, database.subset(probe), args), hard=True).cpu().numpy()
     agree, chance = (float((anew == np.roll(codes[probe], shift, axis=0)).mean()) for shift in (0, 1))
     if agree < chance + 0.8 * (1 - chance):  # rounding differs between devices, a model's codes do not

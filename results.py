@@ -64,13 +64,17 @@ class Files:
     def present(self) -> list[str]:
         """Which files of a run there are."""
         found = [name for name in RUN_FILES if (self.checkpoints / name).exists()]
-        return found + [path.name for path in self.tensorboard.glob("events.out.tfevents.*")]
+        return found + [path.name for path in self.events()]
+
+    def events(self) -> list[Path]:
+        """TensorBoard's files, oldest first."""
+        return sorted(self.tensorboard.glob("events.out.tfevents.*"))
 
     def clear(self) -> None:
         """Remove what an earlier run left, but for its log."""
         for name in RUN_FILES:
             (self.checkpoints / name).unlink(missing_ok=True)
-        for path in self.tensorboard.glob("events.out.tfevents.*"):
+        for path in self.events():
             path.unlink()
         shutil.rmtree(self.new_events, ignore_errors=True)
 
@@ -159,6 +163,11 @@ NEUTRAL = {
 }  # fmt: skip
 
 
+def other_flags(args: Namespace, config: dict, ignored: set[str]) -> list[str]:
+    """The flags, but for those `ignored`, that a run with this `config` had otherwise."""
+    return [flag for flag, value in vars(args).items() if flag not in ignored and config.get(flag) != value]
+
+
 def is_finished(files: Files, args: Namespace) -> bool:
     """Whether the folder of this run holds the results of the same flags, and of the model that is there now.
 
@@ -169,7 +178,7 @@ def is_finished(files: Files, args: Namespace) -> bool:
         return False
     metrics = read_metrics(path)
     config = metrics["config"]
-    others = [flag for flag, value in vars(args).items() if flag not in NEUTRAL and config.get(flag) != value]
+    others = other_flags(args, config, NEUTRAL)
     if others:
         values = ", ".join(f"{flag}={config.get(flag)}" for flag in others)
         raise InputError(f"{files.checkpoints} holds a run with {values}: give this one another --output or --notes")

@@ -22,7 +22,7 @@ from torch import Tensor
 import data
 from lists import ImageFiles
 from network import Backbone, MeCoQ
-from results import NEUTRAL, Files, write_tensors
+from results import NEUTRAL, Files, other_flags, write_tensors
 from utils import LOG, InputError, Patience, Stopped, load_tensors
 
 SHARE = 0.02  # of a run's time, that saves at the end of epochs may take
@@ -249,7 +249,7 @@ def read_state(path: Path, args: Namespace) -> dict:
     would end otherwise."""
     state = load_state(path)
     config = state["config"]
-    others = [flag for flag, value in vars(args).items() if flag not in MOVABLE and config.get(flag) != value]
+    others = other_flags(args, config, MOVABLE)
     if others:
         values = ", ".join(f"--{flag} {config.get(flag)} (now {getattr(args, flag)})" for flag in others)
         raise InputError(f"--resume: {path} is of a run with {values}: give the same flags, or another --notes")
@@ -311,7 +311,7 @@ def _log_before(path: Path, epoch: int) -> list[str]:
 
 def _cut_events(files: Files, epoch: int, step: int) -> None:
     """Leave TensorBoard's values of earlier steps and epochs, once each."""
-    old = sorted(files.tensorboard.glob("events.out.tfevents.*"))
+    old = files.events()
     if not old:
         return
     shutil.rmtree(files.new_events, ignore_errors=True)

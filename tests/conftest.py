@@ -4,6 +4,8 @@ import os
 import pickle
 import subprocess
 import sys
+import time
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -42,6 +44,14 @@ def real_cifar10_root(real_data, tmp_path_factory):
     root = tmp_path_factory.mktemp("real")
     subprocess.run([sys.executable, real_data / "tools" / "make_cifar10.py", root / "CIFAR-10"], check=True)
     return root
+
+
+def wait_for(condition: Callable[[], object]) -> None:
+    """Fails where it does not come true within a minute."""
+    deadline = time.monotonic() + 60
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
 
 
 def written_below(folder: Path) -> list[str]:

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, write_cifar10
+from conftest import ROOT, wait_for, write_cifar10
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from test_engine import LIVELY, SMALL
 from test_features import FROZEN
@@ -140,13 +140,6 @@ def start(*flags, pause=0.12):
         [sys.executable, "-c", code, *map(str, flags)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
         env=os.environ | {"OMP_NUM_THREADS": "1"}, start_new_session=True,
     )  # fmt: skip
-
-
-def wait_for(condition):
-    deadline = time.monotonic() + 60
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import ROOT
+from conftest import ROOT, wait_for
 
 import data
 import lists
@@ -383,13 +383,6 @@ def test_run_all_refuses_what_it_can_not_run(arguments, stub):
     result, calls = stub("scripts/run_all.sh", *arguments)
     assert (result.returncode, calls) == (2, [])
     assert result.stderr.count("\n") == 1
-
-
-def wait_for(condition):
-    deadline = time.monotonic() + 30
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])

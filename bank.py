@@ -1,10 +1,11 @@
-"""What if nothing in front of the projection learns? Features of views and test images, computed once, shared by runs.
+"""What if nothing in front of the projection learns? Features of views, computed once, shared by runs.
 
 A run draws its views from its seed alone. Where the backbone is frozen and has no dropout, the features of those
 views are therefore the same whatever the loss, the quantizer or the memory: kept on disk, they make a run of minutes
 out of seconds.
 """
 
+import hashlib
 import json
 from argparse import Namespace
 from collections.abc import Iterator
@@ -15,13 +16,11 @@ import torch
 from torch import Tensor, nn
 
 import data
-import engine
-import retrieval
-from features import Computed, device_name
-from network import Backbone, MeCoQ
-from results import Files, read_array
+from features import device_name
+from network import Backbone
+from results import read_array
 from resume import fingerprint
-from utils import InputError, atomic_write, progress_bar, write_json
+from utils import InputError, atomic_write, check_writable, locked, progress_bar, write_json
 
 KEY = (
     "dataset",
@@ -36,49 +35,41 @@ KEY = (
 )  # what the features depend on
 
 
-def build_bank(folder: Path, splits: data.Splits, backbone: Backbone, args: Namespace) -> None:
-    """Compute what is not in `folder` yet: `epoch000.npy` ... `[2, n, F]`, both views of the training images in the
-    order in which that epoch takes them, `query.npy` and `database.npy` `[n, F]`; all float32.
+def can_bank(backbone: Backbone) -> bool:
+    """Whether the backbone gives the same features whatever is learned behind it: nothing in it learns or drops out."""
+    dropout = any(isinstance(module, nn.Dropout) and module.p for module in backbone.modules())
+    return backbone.split == len(backbone.blocks) and not dropout
 
-    Raises InputError where the backbone is not frozen, or the folder is of other data or another backbone.
+
+def build_bank(root: Path, splits: data.Splits, backbone: Backbone, args: Namespace) -> Path:
+    """Compute what is not there yet: `epoch000.npy` ... `[2, n, F]` float32, both views of the training images in the
+    order in which that epoch takes them. Returns their folder below `root`, which is named by all that they depend on.
+
+    Raises InputError where the backbone is not frozen.
     """
-    if backbone.split < len(backbone.blocks) or any(isinstance(m, nn.Dropout) and m.p for m in backbone.modules()):
+    if not can_bank(backbone):
         raise InputError(f"--backbone {args.backbone}: a feature bank needs one without trained blocks and dropout")
     key = {flag: getattr(args, flag) for flag in KEY}
     key |= {"sha256": fingerprint(splits, backbone), "processor": device_name(args.device)}
-    _claim(folder, key)
-    backbone.eval()
-    loader = data.train_loader(splits, args)
-    for epoch in range(args.epoch_num):
-        if not _path(folder, epoch).exists():
-            loader.batch_sampler.epoch = epoch
-            bar = progress_bar(loader, f"features of epoch {epoch}'s views")
-            pairs = [torch.stack(backbone(views).chunk(2)).cpu() for views in bar]
-            _save(_path(folder, epoch), torch.cat(pairs, dim=1))
-    for name in ("query", "database"):
-        if not (folder / f"{name}.npy").exists():
-            bar = progress_bar(Computed(backbone, getattr(splits, name), args), f"features of the {name}")
-            _save(folder / f"{name}.npy", torch.cat([batch.float().cpu() for batch in bar]))
-
-
-def _claim(folder: Path, key: dict) -> None:
-    path = folder / "key.json"
-    folder.mkdir(parents=True, exist_ok=True)
-    if not path.exists():
-        if any(folder.iterdir()):
-            raise InputError(f"{folder} is not empty and no feature bank: name another folder")
-        write_json(path, key)
-    elif path.read_bytes() != (json.dumps(key, indent=2) + "\n").encode():
-        raise InputError(f"{folder} is the feature bank of other data, flags or weights: name another folder")
+    folder = root / hashlib.sha256(json.dumps(key).encode()).hexdigest()[:16]
+    check_writable(folder)
+    with locked(folder / "lock", f"waiting for another process, which computes the features in {folder}", wait=True):
+        write_json(folder / "key.json", key)
+        backbone.eval()
+        loader = data.train_loader(splits, args)
+        for epoch in range(args.epoch_num):
+            path = _path(folder, epoch)
+            if not path.exists():
+                loader.batch_sampler.epoch = epoch
+                bar = progress_bar(loader, f"features of epoch {epoch}'s views")
+                pairs = [torch.stack(backbone(views).chunk(2)).cpu() for views in bar]
+                with atomic_write(path) as file:
+                    np.save(file, torch.cat(pairs, dim=1).numpy(), allow_pickle=False)
+    return folder
 
 
 def _path(folder: Path, epoch: int) -> Path:
     return folder / f"epoch{epoch:03d}.npy"
-
-
-def _save(path: Path, features: Tensor) -> None:
-    with atomic_write(path) as file:
-        np.save(file, features.numpy(), allow_pickle=False)
 
 
 class BankedViews:
@@ -92,27 +83,20 @@ class BankedViews:
         return -(-self.n // self.batch_size)
 
     def __iter__(self) -> Iterator[Tensor]:
-        views = torch.from_numpy(read_array(_path(self.folder, self.batch_sampler.epoch))).to(self.device)  # [2, n, F]
-        return (batch.flatten(0, 1) for batch in views.split(self.batch_size, dim=1))
+        views = read_array(_path(self.folder, self.batch_sampler.epoch), mmap_mode="r")  # [2, n, F]
+        for start in range(0, self.n, self.batch_size):
+            batch = np.array(views[:, start : start + self.batch_size])
+            yield torch.from_numpy(batch).to(self.device).flatten(0, 1)
 
 
-def train_on_bank(folder: Path, splits: data.Splits, model: MeCoQ, args: Namespace, output: Path) -> list[dict]:
-    """Train `model` without its backbone on the features in `folder`; returns the history, whose highest `val_mAP` is
-    the MAP of the run. Files of the run go below `output`."""
-    model.backbone = nn.Identity()
-    query, database = (torch.from_numpy(read_array(folder / f"{name}.npy")) for name in ("query", "database"))
+class KnownFeatures(nn.Module):
+    """Stands where a backbone was: features come in, features go out."""
 
-    @torch.inference_mode()
-    def validation() -> float:
-        model.eval()
-        z = model(query.to(args.device))
-        queries = model.quantizer.hard_codes(z) if args.symmetric_distance else z
-        db_codes = model.quantizer.hard_codes(model(database.to(args.device)))
-        return engine.measure(retrieval.mean_average_precision, model.quantizer, queries, db_codes, splits, args)
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.dim, self.blocks, self.split, self.cut = dim, (), 0, 0
 
-    views = BankedViews(folder, len(splits.train), args)
-    files = Files(output, args.notes)
-    files.checkpoints.mkdir(parents=True, exist_ok=True)
-    training = engine.start(model, views, args)
-    engine.train(training, views, validation, args, files, engine.Stopwatch())
-    return training.history
+    def forward(self, features: Tensor) -> Tensor:
+        return features
+
+    suffix = forward

@@ -11,6 +11,7 @@ import platform
 import shutil
 from argparse import Namespace
 from collections.abc import Iterator
+from functools import reduce
 from pathlib import Path
 
 import numpy as np
@@ -64,16 +65,19 @@ class Cached:
             yield torch.from_numpy(batch).to(self.device, non_blocking=True)
 
 
-def test_features(backbone: Backbone, splits: data.Splits, args: Namespace) -> dict[str, Computed | Cached]:
-    """The features of queries and database (keys "query" and "database"), from the cache in `--feature_cache`, which is
-    filled first if need be; computed each time where that is "off" or the backbone has no frozen block.
+def test_features(
+    backbone: Backbone, splits: data.Splits, args: Namespace, parts: tuple[str, ...] = ("query", "database")
+) -> dict[str, Computed | Cached]:
+    """The features of queries and database, or of what `parts` names, from the cache in `--feature_cache`, which is
+    filled first if need be; computed each time where that is "off" or the backbone has no frozen block. Training
+    images are among those of the database: they make no other cache.
 
     Raises InputError where the cache can not be written or there is no room for it.
     """
-    parts = {"query": splits.query, "database": splits.database}
+    images = {name: getattr(splits, name) for name in parts}
     if args.feature_cache == "off" or backbone.cut == 0:
-        return {name: Computed(backbone, images, args) for name, images in parts.items()}
-    names = {name: identities(images) for name, images in parts.items()}
+        return {name: Computed(backbone, images[name], args) for name in parts}
+    names = {name: identities(images[name]) for name in parts}
     known, first = np.unique(np.concatenate(list(names.values())), return_index=True)
     key = cache_key(backbone, splits.database, known, args)
     folder = Path(args.feature_cache) / hashlib.sha256(json.dumps(key).encode()).hexdigest()[:16]
@@ -84,7 +88,8 @@ def test_features(backbone: Backbone, splits: data.Splits, args: Namespace) -> d
         with locked(folder / "lock", busy, wait=True):
             array = read_cache(folder, key)  # another process may have been faster
             if array is None:
-                fill_cache(folder, key, backbone, splits.query.joined(splits.database).subset(first), args)
+                joined = reduce(lambda some, more: some.joined(more), images.values())
+                fill_cache(folder, key, backbone, joined.subset(first), args)
                 array = read_cache(folder, key)
     if array is None:
         raise InputError(f"{folder} changed while it was written: name another folder with --feature_cache")

@@ -108,9 +108,9 @@ def save_results(metrics: Metrics, db_codes: Tensor, db_labels: np.ndarray, args
             np.savetxt(file, curve.numpy())
 
 
-def read_array(path: Path) -> np.ndarray:
+def read_array(path: Path, mmap_mode: str | None = None) -> np.ndarray:
     try:
-        array = np.load(path, allow_pickle=False)
+        array = np.load(path, mmap_mode, allow_pickle=False)
     except (OSError, ValueError, EOFError, MemoryError, zipfile.BadZipFile) as error:
         raise InputError(f"{path} is not a readable .npy file ({one_line(error)}): move it away") from error
     if not isinstance(array, np.ndarray):

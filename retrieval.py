@@ -7,6 +7,7 @@ rank in database order, so a result does not depend on the device. Metrics are a
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
@@ -101,7 +102,8 @@ def evaluate(
     topK = min(topK or n, n)
     ap_sum = 0.0
     sums = torch.zeros(2, n, dtype=torch.float64, device=db_codes.device)  # by rank: 1 / all relevant, and 1, of a hit
-    for scores, relevant in _scored(tables, queries, db_codes, query_labels, db_labels):
+    score = partial(_table_scores, tables, db_codes)
+    for scores, relevant in _scored(score, queries, query_labels, db_labels, tables(queries[:1]).numel()):
         ranked = ranked_relevance(scores, relevant, n)
         ap_sum += float(average_precision(ranked[:, :topK]).sum())
         share = 1 / ranked.sum(dim=1).clamp(min=1).double()
@@ -123,12 +125,32 @@ def mean_average_precision(
     on_chunk: Callable[[int], object] = lambda queries: None,
 ) -> float:
     """MAP@K alone, the same number as `evaluate` gives: the first K are found without ranking the rest."""
-    topK = min(topK or len(db_codes), len(db_codes))
-    ap_sum = 0.0
-    for scores, relevant in _scored(tables, queries, db_codes, query_labels, db_labels):
-        ap_sum += float(average_precision(ranked_relevance(scores, relevant, topK)).sum())
+    score = partial(_table_scores, tables, db_codes)
+    width = tables(queries[:1]).numel()
+    return float(average_precisions(score, queries, query_labels, db_labels, topK, on_chunk, width).mean())
+
+
+def average_precisions(
+    score: Callable[[Tensor], Tensor],
+    queries: Tensor,
+    query_labels: Tensor,
+    db_labels: Tensor,
+    topK: int | None = None,
+    on_chunk: Callable[[int], object] = lambda queries: None,
+    width: int = 0,
+) -> Tensor:
+    """AP@K of each query, `[Q]` float64, for any similarity: `score` gives that of some of the queries to the whole
+    database, `[q, n]` float32.
+
+    Args:
+        width: what else a query needs while it is scored, in numbers.
+    """
+    topK = min(topK or len(db_labels), len(db_labels))
+    found = []
+    for scores, relevant in _scored(score, queries, query_labels, db_labels, width):
+        found.append(average_precision(ranked_relevance(scores, relevant, topK)))
         on_chunk(len(scores))
-    return ap_sum / len(queries)
+    return torch.cat(found)
 
 
 def ranked_relevance(scores: Tensor, relevant: Tensor, K: int) -> Tensor:
@@ -180,11 +202,15 @@ def _in_threads(work: Callable, *arrays: np.ndarray) -> list:
         return list(pool.map(work, *(np.array_split(array, threads) for array in arrays)))
 
 
+def _table_scores(tables: Callable[[Tensor], Tensor], db_codes: Tensor, queries: Tensor) -> Tensor:
+    return aqs_scores(tables(queries), db_codes)
+
+
 def _scored(
-    tables: Callable[[Tensor], Tensor], queries: Tensor, db_codes: Tensor, query_labels: Tensor, db_labels: Tensor
+    score: Callable[[Tensor], Tensor], queries: Tensor, query_labels: Tensor, db_labels: Tensor, width: int
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Scores and relevance `[q, n]` of some queries after the other, few enough to keep within `CHUNK_ELEMENTS`."""
-    chunk = max(1, CHUNK_ELEMENTS[db_codes.device.type] // max(len(db_codes), tables(queries[:1]).numel()))
+    chunk = max(1, CHUNK_ELEMENTS[db_labels.device.type] // max(len(db_labels), width))
     for start in range(0, len(queries), chunk):
         part = slice(start, start + chunk)
-        yield aqs_scores(tables(queries[part]), db_codes), relevance(query_labels[part], db_labels)
+        yield score(queries[part]), relevance(query_labels[part], db_labels)

@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Sets our MAP beside the paper's (Table 1) and beside the authors' public runs on three GPUs.
 
-python scripts/compare_published.py [--output DIR ...] [--logs FILE ...]
+python scripts/compare_published.py [--output DIR ...] [--logs FILE ...] [--tables FILE ...]
 
 Reads checkpoints/*/metrics.json below each --output folder, and log files: the authors' or ours, told by their names
 (CifarII32bits.log). Runs of one experiment and setting, that is of the same flags but for seed and machine, are
@@ -12,37 +12,26 @@ and CSV beside the first folder's checkpoints. MAP in percent; a spread is the l
 import re
 import sys
 from argparse import Namespace
-from functools import cache
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import published
 from main import build_parser, resolve
+from published import NAMES, pd, script_flags
 from results import NEUTRAL, read_metrics
 from utils import InputError, Parser, atomic_write, check_writable, one_line, run_script
 
-try:
-    import pandas as pd
-    import tabulate  # noqa: F401, to_markdown needs it
-except ImportError:
-    pd = None
-
-PUBLISHED = Path(__file__).resolve().parent.parent / "docs" / "published"
-# data set and protocol -> what the scripts call it, what the paper's table calls it
-NAMES = {
-    ("Flickr25K", ""): ("Flickr", "Flickr25K"),
-    ("CIFAR10", "I"): ("CifarI", "CIFAR10-I"),
-    ("CIFAR10", "II"): ("CifarII", "CIFAR10-II"),
-    ("NUSWIDE", ""): ("Nuswide", "NUSWIDE"),
-}
+OTHER_IMAGES = "not the published images"
 
 
-def published() -> "pd.DataFrame":
+def published_maps() -> "pd.DataFrame":
     """One row for each of the 24 experiments: `paper`, and `release` with its lowest and highest GPU."""
-    table1 = pd.read_csv(PUBLISHED / "paper_table1_map.csv").set_index("method").loc["MeCoQ (Ours)"]
     paper = {
-        f"{short}{bits}bits": float(table1[f"{long}/{bits}"]) for short, long in NAMES.values() for bits in (16, 32, 64)
+        f"{short}{bits}bits": published.map_of("paper_table1_map", published.OURS, long, bits)
+        for short, long in NAMES.values()
+        for bits in published.BITS
     }
-    runs = pd.read_csv(PUBLISHED / "reference_runs.csv")
+    runs = published.read("reference_runs").astype({"test_map": float})
     table = (100 * runs.groupby("notes", sort=False)["test_map"].agg(["mean", "min", "max"])).add_prefix("release_")
     table.insert(0, "paper", pd.Series(paper))  # the paper has no symmetric results
     return table.rename_axis("experiment")
@@ -72,19 +61,8 @@ def setting(experiment: str, metrics: dict) -> str:
         for flag, value in script.items()
         if flag not in NEUTRAL | {"seed", "data_root"} and config.get(flag) != value
     ]
-    others += [] if metrics["canonical_data"] else ["not the published images"]
+    others += [] if metrics["canonical_data"] else [OTHER_IMAGES]
     return ", ".join([config["recipe"], *others])
-
-
-@cache
-def script_flags(experiment: str) -> list[str]:
-    """The flags of the experiment's script."""
-    configs = pd.read_csv(PUBLISHED / "run_configs.csv", dtype=str, keep_default_na=False).set_index("notes")
-    if experiment not in configs.index:
-        return []
-    row = configs.loc[experiment].drop("script")
-    symmetric = ["--symmetric_distance"] if row.pop("symmetric_distance") == "1" else []
-    return [part for flag, value in row.items() if value for part in (f"--{flag}", value)] + symmetric
 
 
 def read_log(path: Path) -> dict:
@@ -101,11 +79,43 @@ def read_log(path: Path) -> dict:
         raise InputError(f"{path}: there is no line 'test mAP=...' in it: the run did not end") from None
 
 
+def read_table(path: Path) -> list[dict]:
+    """The trainings in table1.csv, table2.csv or table3.csv of `scripts/tables`, each with the MAP that the paper has
+    for its method."""
+    try:
+        frame = pd.read_csv(path).astype({"map": float, "published": float, "bits": int, "canonical_data": bool})
+        frame["recipe"] = frame["recipe"].fillna("")
+        short = {long: short for short, long in NAMES.values()}
+        return [
+            {
+                "experiment": f"{short.get(row.dataset, row.dataset)}{row.bits}bits",
+                "setting": ", ".join(
+                    part
+                    for part in (row.method, row.recipe, row.backbone, "" if row.canonical_data else OTHER_IMAGES)
+                    if part
+                ),
+                "map": row.map,
+                "theirs": row.published,
+            }
+            for row in frame.itertuples()
+        ]
+    except OSError as error:
+        raise InputError(f"{path} is not readable ({error.strerror})") from error
+    except (ValueError, KeyError, AttributeError) as error:
+        raise InputError(f"{path} is no table of scripts/tables ({one_line(error)})") from error
+
+
 def compare(runs: list[dict]) -> "pd.DataFrame":
-    """The published numbers, and beside each what we have."""
-    frame = pd.DataFrame(runs, columns=["experiment", "setting", "map"])
-    ours = frame.groupby(["experiment", "setting"])["map"].agg(["count", "mean", "min", "max"]).add_prefix("ours_")
-    table = published().reset_index().merge(ours.reset_index(), on="experiment", how="left")
+    """The published numbers, and beside each what we have. Rows of our tables stand beside the paper's for the same
+    method (`theirs`) and, but for the full method, have none of the release."""
+    frame = pd.DataFrame(runs, columns=["experiment", "setting", "map", "theirs"])
+    grouped = frame.groupby(["experiment", "setting"])
+    ours = grouped["map"].agg(["count", "mean", "min", "max"]).add_prefix("ours_")
+    ours["theirs"] = grouped["theirs"].first()
+    table = published_maps().reset_index().merge(ours.reset_index(), on="experiment", how="left")
+    other = table["theirs"].notna() & (table["theirs"] != table["paper"])
+    table.loc[other, ["release_mean", "release_min", "release_max"]] = None
+    table["paper"] = table.pop("theirs").fillna(table["paper"])
     table["minus_paper"] = table["ours_mean"] - table["paper"]
     table["minus_release"] = table["ours_mean"] - table["release_mean"]
     return table
@@ -133,14 +143,17 @@ def main(argv: list[str] | None = None) -> None:
     parser = Parser(description=__doc__.splitlines()[0], allow_abbrev=False)
     parser.add_argument("--output", type=Path, nargs="+", default=[Path()], help="of the runs (default: this folder)")
     parser.add_argument("--logs", type=Path, nargs="+", default=[], help="log files, of the release or ours")
+    parser.add_argument(
+        "--tables", type=Path, nargs="+", default=[], help="table1.csv ... table3.csv of scripts/tables"
+    )
     args = parser.parse_args(argv)
-    if pd is None:
-        raise InputError("pandas and tabulate are needed: pip install -r requirements-extra.txt")
+    published.need_pandas()
     folder = args.output[0] / "checkpoints"
     check_writable(folder)
     outputs = {output.resolve(): output for output in args.output}.values()  # each once
     paths = [path for output in outputs for path in sorted(output.glob("checkpoints/*/metrics.json"))]
     runs = [run for run in map(read_run, paths) if run] + [read_log(path) for path in args.logs]
+    runs += [run for path in args.tables for run in read_table(path)]
     table = compare(runs)
     unpublished = {run["experiment"] for run in runs} - set(table["experiment"])
     if unpublished:

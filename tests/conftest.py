@@ -16,7 +16,15 @@ from sklearn.datasets import load_sample_images
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
+from network import build_backbone  # noqa: E402, found from ROOT
+
 GOLDEN = Path(os.environ.get("MECOQ_GOLDEN", ROOT / "tests" / "golden"))
+
+
+FROZEN = [
+    "--backbone", "squeezenet1_0", "--image_size", "32", "--batch_size", "24", "--optimizer", "Adam", "--lr", "0.01",
+    "--precision", "fp32", "--limit", "60", "--epoch_num", "3", "--K", "64",
+]  # fmt: skip
 
 
 @pytest.fixture(autouse=True)
@@ -44,6 +52,17 @@ def real_cifar10_root(real_data, tmp_path_factory):
     root = tmp_path_factory.mktemp("real")
     subprocess.run([sys.executable, real_data / "tools" / "make_cifar10.py", root / "CIFAR-10"], check=True)
     return root
+
+
+@pytest.fixture(scope="session")
+def weights(tmp_path_factory):
+    """Random weights of SqueezeNet, wide enough that features differ from image to image."""
+    torch.manual_seed(0)
+    net = build_backbone("squeezenet1_0", "random", 0, False).net
+    path = tmp_path_factory.mktemp("weights") / "weights.pth"
+    state = {k: v * (1.5 if k.endswith("weight") else 1) for k, v in net.state_dict().items()}
+    torch.save(state, path)
+    return str(path)
 
 
 def wait_for(condition: Callable[[], object]) -> None:

@@ -1,0 +1,60 @@
+"""How is it drawn? Panels of curves, each a mean over seeds with a band from the lowest to the highest."""
+
+import io
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from matplotlib import use
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from published import pd
+from utils import atomic_write
+
+use("Agg")
+COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")  # Okabe and Ito: told apart by all
+
+
+def panels(rows: int, columns: int, width: float = 4.2, height: float = 3.0) -> tuple[Figure, np.ndarray]:
+    """An empty figure and its axes `[rows, columns]`; sizes of a panel in inches."""
+    figure = Figure(figsize=(width * columns, height * rows), layout="constrained")
+    return figure, figure.subplots(rows, columns, squeeze=False)
+
+
+def band(axes: Axes, frame: "pd.DataFrame", x: str, y: str, label: str, colour: str, **style: object) -> None:
+    """Column `y` over column `x`: the mean of the rows of equal `x` and, where there are several, a band between the
+    lowest and the highest. Nothing where there is no value."""
+    if y not in frame or frame[y].isna().all():
+        return
+    groups = frame.dropna(subset=[y]).groupby(x)[y]
+    mean = groups.mean()
+    axes.plot(mean.index, mean, label=label, color=colour, **{"linewidth": 1.5} | style)
+    axes.fill_between(mean.index, groups.min(), groups.max(), color=colour, alpha=0.18, linewidth=0)
+
+
+def finish(axes: Axes, title: str, x: str, y: str, legend: bool = True) -> None:
+    axes.set(title=title, xlabel=x, ylabel=y)
+    axes.grid(alpha=0.3)
+    for side in ("top", "right"):
+        axes.spines[side].set_visible(False)
+    if legend and axes.get_legend_handles_labels()[0]:
+        axes.legend(fontsize=8, frameon=False)
+
+
+def save(figure: Figure, path: Path) -> None:
+    """As PNG."""
+    with atomic_write(path) as file:
+        figure.savefig(file, format="png", dpi=110)
+
+
+def svg(figure: Figure) -> str:
+    """As an SVG element for HTML."""
+    text = io.StringIO()
+    figure.savefig(text, format="svg", metadata={"Date": None, "Creator": None})
+    return text.getvalue()[text.getvalue().index("<svg") :]
+
+
+def columns_of(frame: "pd.DataFrame", names: Sequence[str]) -> list[tuple]:
+    """The different rows of some columns, in their order."""
+    return list(frame[list(names)].drop_duplicates().itertuples(index=False, name=None))

@@ -1,0 +1,74 @@
+#!/usr/bin/env python3
+"""Figure 2: the codeword diversity term at work. Loss and MAP; learning rate and Omega; with the term and without.
+
+python scripts/figures/figure2.py --datasets CIFAR10-II --bits 16 32 64 --seeds 2021 2022 2023 FLAGS
+
+FLAGS are main.py's; --eval_interval says how often MAP is measured. The loss is the vanilla contrastive loss, without
+debiasing, memory and regulariser, as in the paper's footnote. Writes figure2.csv, a row each epoch, and figure2.png.
+"""
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+import cells
+from utils import run_script
+from watch import CodebookWatch
+
+VARIANTS = {"with diversity term": {}, "without": {"hp_gamma": 0.0}}
+
+
+def draw(frame: "cells.pd.DataFrame", path: Path) -> None:
+    import plots
+
+    rows = plots.columns_of(frame, ["dataset", "bits"])
+    figure, grid = plots.panels(len(rows), 3)
+    for (dataset, bits), (left, middle, right) in zip(rows, grid, strict=True):
+        mean_ap, omega = left.twinx(), middle.twinx()
+        part = frame[(frame["dataset"] == dataset) & (frame["bits"] == bits)]
+        for (variant, cells_), colour in zip(part.groupby("method", sort=False), plots.COLOURS, strict=False):
+            plots.band(left, cells_, "epoch", "vanilla_loss", f"loss, {variant}", colour)
+            plots.band(mean_ap, cells_, "epoch", "map", f"MAP, {variant}", colour, linestyle="--", marker=".")
+            plots.band(omega, cells_, "epoch", "omega", f"Omega, {variant}", colour)
+            plots.band(right, cells_, "epoch", "used", f"in use, {variant}", colour)
+            plots.band(right, cells_, "epoch", "perplexity", f"perplexity / K, {variant}", colour, linestyle="--")
+        plots.band(middle, part, "epoch", "lr", "learning rate", "#777777", linestyle=":")
+        name = f"{dataset}, {bits} bits"
+        plots.finish(left, f"{name}: loss and MAP", "epoch", "vanilla contrastive loss")
+        plots.finish(mean_ap, "", "", "MAP (%)")
+        mean_ap.legend(fontsize=8, frameon=False, loc="center right")
+        plots.finish(middle, f"{name}: learning rate and Omega", "epoch", "learning rate")
+        plots.finish(omega, "", "", "Omega")
+        omega.legend(fontsize=8, frameon=False, loc="center right")
+        for axes in (mean_ap, omega):
+            axes.grid(visible=False)
+            axes.spines["right"].set_visible(True)
+        plots.finish(right, f"{name}: codewords", "epoch", "share of K")
+        right.set_ylim(0, 1.05)
+    plots.save(figure, path)
+
+
+def epochs(result: dict) -> list[dict]:
+    """What is known of a training's epochs, a row each; of the codewords, at the epoch's start."""
+    return [
+        {
+            "epoch": entry["epoch"],
+            "lr": entry["lr"],
+            "omega": entry["loss/codeword_reg_loss"],
+            "map": 100 * entry["val_mAP"] if "val_mAP" in entry else None,
+        }
+        | watched
+        for entry, watched in zip(result["history"], result["rows"], strict=True)
+    ]
+
+
+def main(argv: list[str] | None = None) -> None:
+    own, flags = cells.parse(cells.build_parser(__doc__), argv, figure=True)
+    plan = cells.plan(own, flags, VARIANTS)
+    frame = cells.exploded(cells.run_cells(plan, own, CodebookWatch), epochs)
+    cells.write_csv(own.results / "figure2.csv", frame)
+    draw(frame, own.results / "figure2.png")
+
+
+if __name__ == "__main__":
+    sys.exit(run_script(main))

@@ -1,0 +1,100 @@
+#!/usr/bin/env python3
+"""When do the diversity term and the memory matter? The full method, and without either, in one setting after another.
+
+python scripts/tables/conditions.py --datasets CIFAR10-II --bits 32 --seeds 2021 2022 2023 FLAGS
+
+FLAGS are main.py's; a setting's own flags win. Writes conditions.csv, a row each training, and conditions.md: MAP with
+and without the term and the memory, and what became of the codebooks: Omega, its mean in the last epoch, and the share
+of codewords that code any training image before it.
+"""
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+import cells
+from utils import run_script
+from watch import CodebookWatch
+
+# setting -> the flags that differ from the published script's
+SETTINGS: dict[str, dict[str, object]] = {
+    "as published": {},
+    "lr 0.1": {"lr": 0.1},
+    "lr 1": {"lr": 1.0},
+    "Adam, lr 0.001": {"optimizer": "Adam", "lr": 0.001},
+    "Adam, lr 0.01": {"optimizer": "Adam", "lr": 0.01},
+    "T 0.1": {"T": 0.1},
+    "T 1": {"T": 1.0},
+    "alpha 1": {"alpha": 1.0},
+    "alpha 3": {"alpha": 3.0},
+    "alpha 30": {"alpha": 30.0},
+    "no weight decay": {"hp_beta": 0.0},
+    "weight decay 0.05": {"hp_beta": 0.05},
+    "rho+ 0.3": {"pos_prior": 0.3},
+    "batch 16": {"batch_size": 16},
+    "batch 32": {"batch_size": 32},
+    "K 16": {"K": 16},
+    "memory of 1024": {"queue_size": 1024},
+    "entropy term 0.1": {"hp_lambda": 0.1},
+    "entropy term 1": {"hp_lambda": 1.0},
+    "lr 0.1, alpha 30": {"lr": 0.1, "alpha": 30.0},
+    "lr 1, T 1": {"lr": 1.0, "T": 1.0},
+    "alpha 1, T 0.1": {"alpha": 1.0, "T": 0.1},
+    "alpha 1, batch 16": {"alpha": 1.0, "batch_size": 16},
+}
+VARIANTS = {
+    "full": {},
+    "w/o diversity": {"hp_gamma": 0.0},
+    "w/o memory": {"memory": "none"},
+    "w/o both": {"hp_gamma": 0.0, "memory": "none"},
+}
+
+
+def summary(frame: "cells.pd.DataFrame") -> "cells.pd.DataFrame":
+    """A row each setting: MAP of the four variants, what the term and the memory add to the method without the other
+    and to that with it, and Omega and the codewords in use at the end, with the term and without it."""
+    rows = []
+    for setting, part in frame.groupby("setting", sort=False):
+        seeds = part.pivot_table(index="seed", columns="variant", values="map")
+        mean = part.groupby("variant")[["omega", "used"]].mean()
+        gains = {
+            "+ memory": seeds["full"] - seeds["w/o memory"],
+            "+ diversity": seeds["full"] - seeds["w/o diversity"],
+            "+ diversity, w/o memory": seeds["w/o memory"] - seeds["w/o both"],
+        }
+        omega, used = ([f"{mean.loc[v, name]:.3f}" for v in ("full", "w/o diversity")] for name in ("omega", "used"))
+        rows.append(
+            {"setting": setting, "seeds": len(seeds)}
+            | {name: seeds[name].mean() for name in VARIANTS}
+            | {name: cells.spread(gain) for name, gain in gains.items()}
+            | {"Omega, with / w/o": " / ".join(omega), "used, with / w/o": " / ".join(used)}
+        )
+    return cells.pd.DataFrame(rows)
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = cells.build_parser(__doc__, bits=[32])
+    parser.add_argument("--settings", nargs="+", choices=list(SETTINGS), default=list(SETTINGS), metavar="SETTING",
+                        help=f"some of {', '.join(SETTINGS)} (default: all)")  # fmt: skip
+    own, flags = cells.parse(parser, argv)
+    variants = {
+        (setting, variant): SETTINGS[setting] | change
+        for setting in own.settings
+        for variant, change in VARIANTS.items()
+    }
+    frame = cells.run_cells(cells.plan(own, flags, variants), own, CodebookWatch)
+    frame[["setting", "variant"]] = frame["method"].tolist()
+    frame["omega"] = [result["history"][-1]["loss/codeword_reg_loss"] for result in frame["result"]]
+    for name in ("used", "perplexity", "hard_error"):
+        frame[name] = [result["rows"][-1][name] for result in frame["result"]]
+    cells.write_csv(own.results / "conditions.csv", frame.drop(columns=["result", "method"]))
+    parts = [
+        part
+        for (dataset, bits), rows in frame.groupby(["dataset", "bits"], sort=False)
+        for part in (f"{dataset}, {bits} bits, MAP in percent", summary(rows))
+    ]
+    cells.write_markdown(own.results / "conditions.md", *parts)
+
+
+if __name__ == "__main__":
+    sys.exit(run_script(main))

@@ -1,0 +1,45 @@
+#!/usr/bin/env python3
+"""What do trained backbone layers add? MAP with none, the last one and the last two of the backbone's blocks trained.
+
+python scripts/tables/layers.py --datasets CIFAR10-II --bits 32 --seeds 2021 2022 --scalings 0.1 --epoch_num 16 FLAGS
+
+FLAGS are main.py's. Writes layers.csv, a row each training, and layers.md, and skips what is done; a training that was
+interrupted goes on at the last epoch that was saved.
+"""
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+import cells
+from utils import InputError, run_script
+
+
+def variants(layers: list[int], scalings: list[float]) -> dict[str, dict]:
+    """What each is called, and its flags; a frozen backbone has no learning rate."""
+    named = {}
+    for layer in layers:
+        for scaling in scalings if layer else [None]:
+            name = f"{layer} trained, at {scaling:g} of the learning rate" if layer else "frozen"
+            named[name] = {"trainable_layer_num": layer, "lr_scaling": scaling}
+    return named
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = cells.build_parser(__doc__, bits=[32])
+    parser.add_argument("--layers", type=int, nargs="+", default=[0, 1, 2], help="(default: %(default)s)")
+    parser.add_argument(
+        "--scalings", type=float, nargs="+", default=[0.1], help="learning rates of these layers (default: %(default)s)"
+    )
+    own, flags = cells.parse(parser, argv)
+    named = variants(own.layers, own.scalings)
+    if next(iter(named)) != "frozen":
+        raise InputError("--layers must begin with 0, to which the others are compared")
+    frame = cells.run_cells(cells.plan(own, flags, named), own)
+    cells.write_csv(own.results / "layers.csv", frame.drop(columns="result"))
+    parts = [part for dataset in own.datasets for part in (f"{dataset}, MAP in percent", cells.drops(frame, dataset))]
+    cells.write_markdown(own.results / "layers.md", *parts)
+
+
+if __name__ == "__main__":
+    sys.exit(run_script(main))

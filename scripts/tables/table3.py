@@ -1,0 +1,145 @@
+#!/usr/bin/env python3
+"""Table 3: what negatives cost, from larger batches or from the memory. Seconds an epoch, peak memory, and MAP.
+
+python scripts/tables/table3.py --datasets CIFAR10-II --bits 32 --seeds 2021 2022 2023 FLAGS
+
+FLAGS are main.py's. Time and memory are those of training on images, views and backbone included, over --steps steps
+with all negatives in use, scaled to an epoch; peak memory is the GPU's, or of the process on a CPU. Nothing else should
+run meanwhile. Writes table3.csv, a row each training, and table3.md, and skips what is done.
+"""
+
+import sys
+import time
+from argparse import Namespace
+from functools import partial
+from itertools import islice
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+import torch
+
+import cells
+import data
+import engine
+import main as program
+import published
+from results import device_name
+from utils import InputError, progress_bar, run_script, seed_everything
+
+SIZES = ((128, 0), (256, 0), (128, 128), (128, 384), (128, 896))  # batch, memory
+HEADING = "{}, {} bits; MAP in percent. The paper's numbers are of CIFAR10-I, 32 bits, VGG16 on a GPU"
+PUBLISHED = ("CIFAR10-I", 32)  # what the paper's table is of
+
+
+def called(batch: int, memory: int) -> str:
+    return f"batch {batch}, memory {memory}"
+
+
+def variant(batch: int, memory: int) -> dict[str, object]:
+    return {"batch_size": batch} | ({"queue_size": memory} if memory else {"memory": "none"})
+
+
+def negatives(batch: int, memory: int) -> int:
+    """Of a query: all other views of the batch but its positive, and the memory. (The paper counts N, not 2N - 2.)"""
+    return 2 * batch - 2 + memory
+
+
+def profile(args: Namespace, splits: data.Splits, steps: int) -> dict:
+    """Seconds an epoch, and peak memory in MiB, of `steps` steps on images with a memory that is full."""
+    seed_everything(args.seed)
+    model = program.build_model(args)
+    loader = data.train_loader(splits, args)
+    training = engine.start(model, loader, args)
+    if model.memory:
+        model.memory.filled = model.memory.size  # as in the epochs that use it
+    training.epoch = max(args.queue_begin_epoch, 0)
+    engine.train_epoch(training, Some(loader, 2), args)  # warm-up
+    training.step, training.sums = 0, {}
+    forget_peak(args.device)
+    start = time.perf_counter()
+    engine.train_epoch(training, Some(loader, steps), args)
+    seconds = time.perf_counter() - start
+    return {"seconds_per_epoch": seconds / steps * len(loader), "peak_mib": peak(args.device)}
+
+
+class Some:
+    """The first batches of a loader."""
+
+    def __init__(self, loader: data.TwoViews, steps: int) -> None:
+        self.loader, self.steps, self.batch_sampler = loader, min(steps, len(loader)), loader.batch_sampler
+
+    def __len__(self) -> int:
+        return self.steps
+
+    def __iter__(self):  # noqa: ANN204
+        return islice(iter(self.loader), self.steps)
+
+
+def forget_peak(device: str) -> None:
+    """Begin to measure the peak anew; where the system can not (no Linux), it is the process's whole life's."""
+    if device != "cpu":
+        torch.cuda.reset_peak_memory_stats(device)
+    elif Path("/proc/self/clear_refs").exists():
+        Path("/proc/self/clear_refs").write_text("5")
+
+
+def peak(device: str) -> float:
+    if device != "cpu":
+        return torch.cuda.max_memory_allocated(device) / 2**20
+    status = Path("/proc/self/status")
+    lines = status.read_text().splitlines() if status.exists() else []
+    return next((float(line.split()[1]) / 2**10 for line in lines if line.startswith("VmHWM")), float("nan"))
+
+
+def published_row(batch: int, memory: int) -> "cells.pd.Series":
+    return published.read("paper_table3_profile").set_index(["batch_size", "memory_size"]).loc[str(batch), str(memory)]
+
+
+def published_map(method: str, dataset: str, bits: int) -> float | None:
+    """The paper's table is of one data set and code length."""
+    sizes = {called(*size): size for size in SIZES}[method]
+    return float(published_row(*sizes)["map"]) if (dataset, bits) == PUBLISHED else None
+
+
+def table(frame: "cells.pd.DataFrame", dataset: str, bits: int) -> "cells.pd.DataFrame":
+    """A row each pair of sizes, ours and the paper's."""
+    rows = []
+    by_method = frame[(frame["dataset"] == dataset) & (frame["bits"] == bits)].groupby("method")
+    for size in SIZES:
+        part, paper = by_method.get_group(called(*size)), published_row(*size)
+        rows.append({
+            "batch": size[0], "memory": size[1], "negatives": negatives(*size), "MAP": cells.spread(part["map"]),
+            "s an epoch": part["seconds_per_epoch"].iloc[0], "peak MiB": part["peak_mib"].iloc[0],
+            "paper: MAP": paper["map"], "paper: s": paper["seconds_per_epoch"], "paper: MB": paper["gpu_memory_mb"],
+        })  # fmt: skip
+    return cells.pd.DataFrame(rows)
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = cells.build_parser(__doc__, bits=[32])
+    parser.add_argument("--steps", type=int, default=20, help="that are timed (default: %(default)s)")
+    own, flags = cells.parse(parser, argv)
+    if own.steps < 1:
+        raise InputError("--steps must be at least 1")
+    plan = cells.plan(own, flags, {called(*size): variant(*size) for size in SIZES})
+    frame = cells.run_cells(plan, own)
+    costs, grounds = {}, cells.Grounds(own.bank)
+    for labels, args in progress_bar([entry for entry in plan if entry[0]["seed"] == own.seeds[0]], "timing"):
+        key = {"profile": own.steps, "device": device_name(args.device)} | vars(args)
+        splits = grounds.of(args).splits
+        result = cells.kept(own.cells, key, partial(profile, args, splits, own.steps))
+        costs[labels["dataset"], labels["bits"], labels["method"]] = result
+    for name in ("seconds_per_epoch", "peak_mib"):
+        labels = frame[["dataset", "bits", "method"]].itertuples(index=False, name=None)
+        frame[name] = [costs[label][name] for label in labels]
+    frame["published"] = [published_map(*row) for row in frame[["method", "dataset", "bits"]].to_numpy()]
+    cells.write_csv(own.results / "table3.csv", frame.drop(columns="result"))
+    parts = [
+        part for dataset in own.datasets for bits in own.bits
+        for part in (HEADING.format(dataset, bits), table(frame, dataset, bits))
+    ]  # fmt: skip
+    cells.write_markdown(own.results / "table3.md", *parts)
+
+
+if __name__ == "__main__":
+    sys.exit(run_script(main))

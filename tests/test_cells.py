@@ -1,0 +1,288 @@
+"""Tables and figures: what stands in them is what was trained, and nothing is trained twice."""
+
+import json
+
+import numpy as np
+import pandas as pd
+import pytest
+from conftest import FROZEN
+from PIL import Image
+from test_scripts import call, load, refused
+
+import cells
+import engine
+import main
+import published
+import shallow
+from utils import InputError
+
+FLAGS = [*FROZEN, "--limit", "300", "--epoch_num", "2", "--queue_begin_epoch", "1", "--queue_size", "48",
+         "--mode", "debias", "--pos_prior", "0.1", "--T", "0.3", "--topK", "20", "--num_workers", "0"]  # fmt: skip
+WHICH = ("--datasets", "Digits", "--bits", "16", "--seeds", "1", "2")
+
+
+@pytest.fixture(scope="module")
+def place(weights, tmp_path_factory):
+    """The flags of all tables and figures here, and the folder they share."""
+    folder = tmp_path_factory.mktemp("tables")
+    where = [f"--{name}={folder / name}" for name in ("results", "cells", "bank", "feature_cache")]
+    return [*WHICH, *where, *FLAGS, "--weights", weights], folder
+
+
+def of(folder, **wanted):
+    """The finished cells that have these flags."""
+    found = [json.loads(path.read_text()) for path in sorted((folder / "cells").glob("*.json"))]
+    return [c for c in found if all(c["config"].get(flag) == value for flag, value in wanted.items())]
+
+
+def test_table2_holds_the_trainings_and_their_mean_drops(place, capsys):
+    flags, folder = place
+    assert call("tables/table2", *flags) == 0
+    assert "w/o delaying memory" in capsys.readouterr().out
+    frame = pd.read_csv(folder / "results" / "table2.csv")
+    assert len(frame) == 14
+    flags_of = {
+        "MeCoQ (full)": {"memory": "soft", "queue_begin_epoch": 1, "hp_gamma": 0.5, "pos_prior": 0.1},
+        "w/o debiasing": {"memory": "soft", "mode": "simple"},
+        "w/o codeword diversity": {"memory": "soft", "hp_gamma": 0.0},
+        "w/o code memory": {"memory": "none"},
+        "feature memory": {"memory": "feature"},
+        "hard-code memory": {"memory": "hard"},
+        "w/o delaying memory": {"memory": "soft", "queue_begin_epoch": 0},
+    }
+    assert set(frame["method"]) == set(flags_of)
+    for method, changed in flags_of.items():
+        for seed in (1, 2):
+            (cell,) = of(folder, seed=seed, watch=None, **changed)
+            row = frame[(frame["method"] == method) & (frame["seed"] == seed)].iloc[0]
+            assert row["map"] == pytest.approx(100 * cell["map"], abs=1e-3)
+            assert cell["map"] == max(epoch["val_mAP"] for epoch in cell["history"])
+    by_seed = frame.pivot_table(index="method", columns="seed", values="map")
+    drop = (by_seed.loc["MeCoQ (full)"] - by_seed.loc["hard-code memory"]).mean()
+    line = next(x for x in (folder / "results/table2.md").read_text().splitlines() if x.startswith("| hard-code"))
+    assert float(line.split("|")[3]) == pytest.approx(drop, abs=0.006)
+
+
+def test_a_cell_is_the_run_that_main_makes_of_its_flags(place, weights, tmp_path):
+    flags, folder = place
+    assert call("tables/table2", *flags) == 0
+    cell = of(folder, seed=2, memory="feature")[0]
+    own = ["--dataset", "Digits", "--M", "2", "--seed", "2", "--memory", "feature", "--weights", weights]
+    argv = ["--output", str(tmp_path), "--notes", "a", "--feature_cache", "off", *FLAGS, *own]
+    assert main.main(argv) == 0
+    metrics = json.loads((tmp_path / "checkpoints/a/metrics.json").read_text())
+    assert cell["map"] == pytest.approx(metrics["map"], abs=5e-3)
+    others = {flag for flag, value in cell["config"].items() if metrics["config"].get(flag, value) != value}
+    assert not others
+
+
+def test_table1_has_our_row_and_the_shallow_ones(place, monkeypatch, capsys):
+    flags, folder = place
+    monkeypatch.setattr(shallow, "METHODS", ("LSH", "PQ"))  # OPQ takes long on as many dimensions
+    assert call("tables/table1", *flags) == 0
+    frame = pd.read_csv(folder / "results" / "table1.csv")
+    assert list(frame["method"].unique()) == ["LSH", "PQ", "exact search on the features", "MeCoQ (Ours)"]
+    full = of(folder, seed=1, memory="soft", queue_begin_epoch=1, hp_gamma=0.5, pos_prior=0.1, watch=None)
+    ours = frame[(frame["method"] == "MeCoQ (Ours)") & (frame["seed"] == 1)]
+    assert ours["map"].item() == pytest.approx(100 * full[0]["map"], abs=1e-3)
+    times = {path: path.stat().st_mtime_ns for path in (folder / "cells").glob("*.json")}
+    assert call("tables/table1", *flags) == 0
+    assert times == {path: path.stat().st_mtime_ns for path in times}
+    capsys.readouterr()
+    assert "PQ and OPQ need 256 training images" in refused(capsys, "tables/table1", *flags, "--limit", "60")
+
+
+def test_nothing_is_trained_twice(place, monkeypatch):
+    flags, folder = place
+    assert call("tables/table2", *flags) == 0
+    trained = []
+    monkeypatch.setattr(cells, "train", lambda args, *_: trained.append(vars(args)) or {"map": 0.5, "history": []})
+    monkeypatch.setattr(shallow, "METHODS", ())
+    for script in ("tables/table2", "tables/table1"):
+        assert call(script, *flags) == 0
+    assert not trained  # MeCoQ of Table 1 is the full method of Table 2
+    assert (
+        call("figures/figure4", *flags, "--priors", "0.1", "--sizes", "0", "48", "96", f"--cells={folder / 'x'}") == 0
+    )
+    assert len(trained) == 2 * 3  # rho+ of 0.1 and a memory of 48 are the same
+
+
+def test_a_stopped_table_goes_on(place, tmp_path, monkeypatch):
+    flags, _ = place
+    real, count = cells.train, []
+
+    def stopped(*arguments):
+        count.append(1)
+        if len(count) == 4:
+            raise KeyboardInterrupt
+        return real(*arguments)
+
+    monkeypatch.setattr(cells, "train", stopped)
+    there = [*flags, f"--cells={tmp_path}"]
+    assert call("tables/table2", *there) == 130
+    assert len(list(tmp_path.glob("*.json"))) == 3
+    assert call("tables/table2", *there) == 0
+    assert len(count) == 4 + 11
+
+
+def test_a_training_of_the_backbone_goes_on_where_it_was_stopped(tmp_path, monkeypatch):
+    """Nothing can be banked of a backbone that learns: its cells train on images, and are saved as runs are."""
+    flags = ["--backbone", "convnet", "--image_size", "16", "--limit", "100", "--batch_size", "16", "--K", "8",
+             "--feat_dim", "8", "--topK", "20", "--lr", "0.05", "--num_workers", "0", "--epoch_num", "3",
+             "--queue_begin_epoch", "1", "--queue_size", "30", "--feature_cache", "off"]  # fmt: skip
+    own = ["--datasets", "Digits", "--bits", "16", "--seeds", "5", f"--results={tmp_path}", "--layers", "0"]
+    real, calls = engine.validate, []
+
+    def stopped(*arguments):
+        calls.append(1)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return real(*arguments)
+
+    monkeypatch.setattr(engine, "validate", stopped)
+    assert call("tables/layers", *own, *flags, f"--cells={tmp_path}/a") == 130
+    assert list((tmp_path / "a").glob("checkpoints/*/last.cpt"))
+    assert call("tables/layers", *own, *flags, f"--cells={tmp_path}/a") == 0
+    assert len(calls) == 3 + 1  # of the last epoch alone
+    assert call("tables/layers", *own, *flags, f"--cells={tmp_path}/b") == 0
+    ended = [json.loads(next((tmp_path / name).glob("*.json")).read_text()) for name in "ab"]
+    assert ended[0]["history"] == ended[1]["history"]
+    argv = [*flags, "--dataset", "Digits", "--M", "2", "--seed", "5", "--output", str(tmp_path), "--notes", "run"]
+    assert main.main(argv) == 0
+    assert ended[0]["map"] == json.loads((tmp_path / "checkpoints/run/metrics.json").read_text())["map"]
+    assert not list((tmp_path / "a").glob("checkpoints/*"))
+
+
+def test_table3_counts_negatives_and_costs(place, capsys):
+    flags, folder = place
+    assert call("tables/table3", *flags, "--steps", "2") == 0
+    frame = pd.read_csv(folder / "results" / "table3.csv")
+    assert len(frame) == 10
+    assert (frame["seconds_per_epoch"] > 0).all()
+    assert (frame["peak_mib"] > 50).all()
+    lines = [line.split("|") for line in capsys.readouterr().out.splitlines() if line.startswith("|")][2:]
+    assert [[int(x) for x in line[1:4]] for line in lines] == [
+        [128, 0, 254], [256, 0, 510], [128, 128, 382], [128, 384, 638], [128, 896, 1150],
+    ]  # fmt: skip
+
+
+def test_figures_have_their_curves_and_pictures(place):
+    flags, folder = place
+    for script in ("figure2", "figure3", "figure4"):
+        assert call(f"figures/{script}", *flags) == 0
+        with Image.open(folder / "results" / f"{script}.png") as image:
+            image.load()
+            assert image.width > 600
+            assert np.asarray(image.convert("L")).std() > 5  # something is drawn
+    figure2 = pd.read_csv(folder / "results" / "figure2.csv")
+    assert len(figure2) == 2 * 2 * 2
+    for name in ("vanilla_loss", "omega", "lr", "used", "map"):
+        assert figure2[name].notna().all()
+    without = figure2[figure2["method"] == "without"]
+    (cell,) = of(folder, seed=1, hp_gamma=0.0, watch="CodebookWatch")
+    omega = [epoch["loss/codeword_reg_loss"] for epoch in cell["history"]]
+    np.testing.assert_allclose(without[without["seed"] == 1]["omega"], omega, atol=1e-4)
+    assert {"embedding_1", "soft_1", "hard_1", "soft_error", "hard_error"} <= set(
+        pd.read_csv(folder / "results" / "figure3.csv")
+    )
+    figure4 = pd.read_csv(folder / "results" / "figure4.csv")
+    assert set(figure4["flag"]) == {"pos_prior", "queue_size"}
+    assert len(figure4) == 2 * 12
+
+
+def test_conditions_compare_four_variants(place, capsys):
+    flags, folder = place
+    assert call("tables/conditions", *flags, "--settings", "as published", "K 16") == 0
+    frame = pd.read_csv(folder / "results" / "conditions.csv")
+    assert len(frame) == 2 * 2 * 4
+    line = next(x for x in capsys.readouterr().out.splitlines() if x.startswith("| as published"))
+    seeds = frame[frame["setting"] == "as published"].pivot_table(index="seed", columns="variant", values="map")
+    gain = (seeds["full"] - seeds["w/o memory"]).mean()
+    assert float(line.split("|")[7].split()[0]) == pytest.approx(gain, abs=0.006)
+
+
+def test_measure_recipes_sets_one_flag_at_a_time(place):
+    flags, folder = place
+    assert call("measure_recipes", *flags, "--hp_lambda", "0.2") == 0
+    frame = pd.read_csv(folder / "results" / "measure_recipes.csv")
+    assert len(frame) == 18
+    for flag in ("codebooks", "pairing", "debias_memory", "negative_bound", "normalize_memory", "normalize_query"):
+        release = main.RECIPES["release"][flag]
+        (config,) = (
+            c["config"] for c in of(folder, seed=1, recipe="paper", **{flag: release}) if c["config"]["hp_lambda"] == 0
+        )
+        departing = {name: config[name] for name in main.DIFFERENCES if name in config}
+        departing = {name: value for name, value in departing.items() if value != main.RECIPES["paper"][name]}
+        assert departing == {flag: release}
+    assert len(of(folder, recipe="release", hp_lambda=0.2)) == 2
+
+
+def test_flags_are_the_published_scripts_then_the_users():
+    args = cells.options("CIFAR10-II", 64, 7, ["--trainable_layer_num", "0", "--T", "0.2"], hp_gamma=0.0)
+    expected = {
+        "dataset": "CIFAR10", "protocol": "II", "M": 8, "feat_dim": 96, "hp_beta": 0.01, "pos_prior": 0.1, "T": 0.2,
+        "seed": 7, "queue_begin_epoch": 15, "trainable_layer_num": 0, "hp_lambda": 0.0, "hp_gamma": 0.0, "topK": 1000,
+    }  # fmt: skip
+    assert {flag: getattr(args, flag) for flag in expected} == expected
+    assert cells.options("CIFAR10-II", 64, 7, ["--recipe", "release"]).hp_lambda == 0.05
+    assert cells.options("CIFAR10-II", 64, 7, ["--hp_lambda", "0.3"]).hp_lambda == 0.3
+    assert cells.options("NUSWIDE", 16, 7, [], memory="none").queue_begin_epoch == -1
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["--resume"], "--resume has no place here"),
+        (["--M", "4"], "--M: --datasets, --bits and --seeds say it here"),
+        (["--seed=4"], "--seed=4: --datasets"),
+        (["--bits", "20"], "invalid choice"),
+        (["--datasets", "MNIST"], "invalid choice"),
+        (["--device", "cuda:99"], "CUDA"),
+        (["--nothing"], "--nothing"),
+        (["--weights", "no/such/file"], "no/such/file"),
+    ],
+)
+def test_wrong_flags_end_in_one_line(flags, words, place, capsys):
+    for script in ("tables/table1", "tables/table2", "figures/figure2"):
+        assert words in refused(capsys, script, *place[0], *flags)
+
+
+def test_a_damaged_cell_is_named(tmp_path):
+    cells.kept(tmp_path, {"a": 1}, lambda: {"map": 0.5})
+    (path,) = tmp_path.glob("*.json")
+    assert cells.kept(tmp_path, {"a": 1}, lambda: {"map": 0.7})["map"] == 0.5
+    path.write_text("{")
+    with pytest.raises(InputError, match=f"{path.name} is damaged"):
+        cells.kept(tmp_path, {"a": 1}, lambda: {"map": 0.7})
+
+
+def test_compare_published_reads_the_tables(tmp_path, capsys):
+    frame = pd.DataFrame(
+        [
+            ("ITQ", "CIFAR10-II", 32, seed, value, "squeezenet1_0", False, "", 32.5)
+            for seed, value in ((1, 40.0), (2, 41.0))
+        ]
+        + [(published.OURS, "CIFAR10-II", 32, 1, 50.0, "squeezenet1_0", False, "paper", 64.09)],
+        columns=["method", "dataset", "bits", "seed", "map", "backbone", "canonical_data", "recipe", "published"],
+    )
+    frame.to_csv(tmp_path / "table1.csv", index=False)
+    assert call("compare_published", "--output", tmp_path, "--tables", tmp_path / "table1.csv") == 0
+    table = pd.read_csv(tmp_path / "checkpoints" / "compare_published.csv").set_index(["experiment", "setting"])
+    itq = table.loc["CifarII32bits", "ITQ, squeezenet1_0, not the published images"]
+    assert (itq["ours_count"], itq["ours_mean"], itq["paper"], itq["minus_paper"]) == (2, 40.5, 32.5, 8.0)
+    assert np.isnan(itq["release_mean"])
+    ours = table.loc["CifarII32bits", f"{published.OURS}, paper, squeezenet1_0, not the published images"]
+    assert ours["paper"] == 64.09
+    assert ours["release_mean"] == pytest.approx(63.79, abs=0.01)
+    (tmp_path / "bad.csv").write_text("a,b\n1,2\n")
+    capsys.readouterr()
+    for name in ("bad.csv", "none.csv"):
+        assert name in refused(capsys, "compare_published", "--output", tmp_path, "--tables", tmp_path / name)
+
+
+def test_published_numbers_are_found():
+    assert published.map_of("paper_table1_map", "ITQ+VGG", "CIFAR10-II", 32) == 32.5
+    assert published.map_of("paper_table2_ablation_map", "w/o code memory", "NUSWIDE", 64) == 81.43
+    assert published.map_of("paper_table1_map", "UTH", "Flickr25K", 16) is None
+    assert published.map_of("paper_table1_map", "no such", "Flickr25K", 16) is None
+    assert load("tables/table3").published_map("batch 256, memory 0", "CIFAR10-I", 32) == 68.66

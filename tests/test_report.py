@@ -1,0 +1,126 @@
+"""The page about a run: whole in itself, and what it shows is what the run finds."""
+
+import json
+import re
+from html.parser import HTMLParser
+
+import numpy as np
+import pytest
+import torch
+from test_engine import LIVELY, small_run
+from test_scripts import call, refused
+
+import main
+import retrieval
+
+N = 3
+
+
+class Page(HTMLParser):
+    """Attributes that could load something, texts of headings, and classes of figures."""
+
+    def __init__(self, text):
+        super().__init__()
+        self.links, self.figures, self.headings, self.inside = [], [], [], None
+        self.feed(text)
+
+    def handle_starttag(self, tag, attrs):
+        attrs = dict(attrs)
+        self.links += [attrs[name] for name in ("src", "href", "data", "xlink:href", "srcset") if name in attrs]
+        self.links += [tag] if tag in ("script", "link", "iframe") else []
+        if tag == "figure":
+            self.figures.append(attrs["class"].split()[0])
+        self.inside = tag
+
+    def handle_data(self, text):
+        if self.inside in ("h2", "h3") and text.strip():
+            self.headings.append(text)
+
+
+@pytest.fixture(scope="module")
+def reported(tmp_path_factory):
+    output = tmp_path_factory.mktemp("report")
+    folder = small_run(output, *LIVELY)
+    assert call("report", "small", "--output", output, "--queries", N) == 0
+    return folder, (folder / "report.html").read_text(encoding="utf-8")
+
+
+def test_nothing_is_loaded_from_elsewhere(reported):
+    _, text = reported
+    page = Page(text)
+    assert all(link.startswith(("data:image/", "#")) for link in page.links)
+    assert not re.search(r"url\((?!#)|@import", text)
+    assert '<meta name="viewport"' in text
+
+
+def test_the_page_says_what_the_run_was(reported):
+    folder, text = reported
+    metrics = json.loads((folder / "metrics.json").read_text())
+    assert f'<div class="big">{100 * metrics["map"]:.2f}</div>MAP@20' in text
+    assert "recipe paper: codebooks=trained" in text
+    assert "Only 100 images a split were used" in text
+    for flag, value in metrics["config"].items():
+        assert f'<td class="flag">--{flag}</td><td>{value}</td>' in text
+    assert text.count("<svg") == 6 + 3
+    for title in ("Omega", "quantization error", "precision and recall", "most used first"):
+        assert title in text
+
+
+def test_the_gallery_shows_the_best_and_the_worst_queries(reported):
+    """Average precisions by a brute-force ranking of the codes that the run saved."""
+    folder, text = reported
+    page = Page(text)
+    metrics = json.loads((folder / "metrics.json").read_text())
+    config = main.argparse.Namespace(**metrics["config"] | {"test_only": True, "checkpoint": str(folder / "model.cpt")})
+    splits, model = main.build(config)
+    model.eval()
+    images = torch.stack([batch for part in main.data.test_batches(splits.query, config) for batch in part])
+    with torch.no_grad():
+        z = model(images)
+    codes = torch.from_numpy(np.load(folder / "db_codes.npy").astype(int))
+    codewords = model.quantizer.codewords().detach()
+    segments = torch.nn.functional.normalize(z.view(len(z), 2, -1), dim=-1)
+    chosen = torch.stack([codewords[m][codes[:, m]] for m in range(2)], dim=1)
+    scores = torch.einsum("qmd,nmd->qn", segments, chosen)
+    order = scores.sort(dim=1, descending=True, stable=True)[1]
+    hits = torch.from_numpy(splits.database.labels)[order] == torch.from_numpy(splits.query.labels)[:, None]
+    ap = retrieval.average_precision(hits[:, :20]).numpy()
+    shown = [float(re.search(r"AP ([0-9.]+)", h)[1]) for h in page.headings if h.startswith("AP")]
+    assert len(shown) == 3 * N
+    np.testing.assert_allclose(shown[:N], np.sort(ap)[::-1][:N], atol=2e-3)
+    np.testing.assert_allclose(shown[N : 2 * N], np.sort(ap)[:N], atol=2e-3)
+    assert len(page.figures) == 3 * N * 11
+    for start in range(0, len(page.figures), 11):
+        assert page.figures[start] == "asked"
+        assert set(page.figures[start + 1 : start + 11]) <= {"hit", "miss"}
+    counts = [int(re.search(r"(\d+) of the first ten", h)[1]) for h in page.headings if h.startswith("AP")]
+    assert counts == [page.figures[s + 1 : s + 11].count("hit") for s in range(0, len(page.figures), 11)]
+
+
+def test_photos_with_several_labels(photo_root, tmp_path):
+    roots = [f"--data_root={photo_root / 'datasets'}", f"--list_root={photo_root / 'data'}"]
+    flags = ["--dataset", "Flickr25K", "--limit", "40", "--image_size", "32", "--epoch_num", "0", *roots]
+    small_run(tmp_path, *flags, "--topK", "10")
+    assert call("report", "small", "--output", tmp_path, "--queries", 1, "--html", tmp_path / "x.html") == 0
+    text = (tmp_path / "x.html").read_text()
+    assert len(Page(text).figures) == 33
+    assert "image/jpeg" in text
+    assert re.search(r"labels \d+", text)
+    assert "the paper" not in text  # nothing was published for 6 bits
+
+
+def test_what_is_missing_is_said_in_one_line(reported, tmp_path, capsys):
+    folder, _ = reported
+    output = folder.parent.parent
+    assert "there is no finished run" in refused(capsys, "report", "nothing", "--output", output)
+    (tmp_path / "file").write_text("")
+    assert "cannot write" in refused(
+        capsys, "report", "small", "--output", output, "--html", tmp_path / "file" / "x.html"
+    )
+    curve = folder / "PR_curve.txt"
+    content = curve.read_bytes()
+    curve.write_text("1 2\n")
+    assert "PR_curve.txt has not two rows" in refused(capsys, "report", "small", "--output", output)
+    curve.write_bytes(content)
+    assert call("report", "small", "--output", output, "--queries", 0, "--html", tmp_path / "plain.html") == 0
+    assert "Gallery" not in (tmp_path / "plain.html").read_text()

@@ -20,7 +20,17 @@ from features import test_features
 from published import pd
 from results import NEUTRAL, Files
 from resume import fingerprint, read_state
-from utils import InputError, Parser, atomic_write, check_writable, one_line, progress_bar, seed_everything, write_json
+from utils import (
+    InputError,
+    Parser,
+    atomic_write,
+    check_writable,
+    locked,
+    one_line,
+    progress_bar,
+    seed_everything,
+    write_json,
+)
 from watch import Look, Watched
 
 # what the paper's tables call a data set -> flags where it has no script
@@ -106,8 +116,12 @@ class Ground:
 
     def images(self, n: int) -> Tensor:
         """The features of n training images at most, evenly spread, `[n, ...]` float32."""
-        features = torch.cat([batch.float() for batch in self.features["train"]])
-        return features[torch.linspace(0, len(features) - 1, min(n, len(features))).long()]
+        chosen = torch.linspace(0, len(self.splits.train) - 1, min(n, len(self.splits.train))).long()
+        picked, start = [], 0
+        for batch in self.features["train"]:
+            picked.append(batch[chosen[(chosen >= start) & (chosen < start + len(batch))] - start].float())
+            start += len(batch)
+        return torch.cat(picked)
 
 
 # flags that the ground depends on
@@ -193,9 +207,12 @@ def kept(folder: Path, key: dict, compute: Callable[[], dict]) -> dict:
     and the key as its `config`."""
     path = folder / f"{name_of(key)}.json"
     if not path.exists():
-        start = time.perf_counter()
-        result = compute()
-        write_json(path, {"seconds": time.perf_counter() - start} | result | {"config": key})
+        busy = f"waiting for another process, which makes {path}"
+        with locked(path.with_suffix(".lock"), busy, wait=True):
+            if not path.exists():
+                start = time.perf_counter()
+                result = compute()
+                write_json(path, {"seconds": time.perf_counter() - start} | result | {"config": key})
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, OSError) as error:

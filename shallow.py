@@ -3,6 +3,7 @@
 faiss has four of them (LSH, ITQ, PQ, OPQ); spectral and spherical hashing are written from their papers. All see the
 same features, centred and of unit length. A method is trained by a function of the training features `[n, F]`, the
 number of bits and a seed, which returns what encodes `[n, F]`; codes are ranked by the similarity that belongs to them.
+ITQ, PQ and OPQ keep faiss's own seeds, so that faiss called by hand finds the same.
 """
 
 from collections.abc import Callable
@@ -40,10 +41,9 @@ def lsh(train: np.ndarray, bits: int, seed: int) -> Encode:
     return lambda x: np.unpackbits(index.sa_encode(x), axis=1, bitorder="little")[:, :bits].astype(bool)
 
 
-def itq(train: np.ndarray, bits: int, seed: int) -> Encode:
+def itq(train: np.ndarray, bits: int, _: int) -> Encode:
     """Iterative quantization (Gong and Lazebnik 2011), faiss's: PCA, then the rotation that is nearest to its signs."""
     transform = faiss.ITQTransform(train.shape[1], bits, True)
-    transform.itq.seed = seed
     transform.train(train)
     return lambda x: transform.apply(x) > 0
 
@@ -120,23 +120,21 @@ def spherical_score(db_bits: Tensor, query_bits: Tensor) -> Tensor:
 # ---------------------------------------------------------------- quantizers: `[n, M]` uint8
 
 
-def product_quantizer(train: np.ndarray, bits: int, seed: int) -> "faiss.ProductQuantizer":
+def product_quantizer(train: np.ndarray, bits: int) -> "faiss.ProductQuantizer":
     """Product quantization (Jegou et al. 2011), faiss's, with a byte a sub-quantizer. Raises InputError where there are
     fewer images than centroids."""
     if len(train) < 256:
         raise InputError(f"PQ and OPQ need 256 training images, there are {len(train)}: leave out --limit")
     pq = faiss.ProductQuantizer(train.shape[1], bits // 8, 8)
-    pq.cp.seed = seed
     pq.cp.min_points_per_centroid = 1  # no warning where there are few
     pq.train(train)
     return pq
 
 
-def rotation(train: np.ndarray, bits: int, seed: int) -> Encode:
+def rotation(train: np.ndarray, bits: int) -> Encode:
     """The rotation of optimized product quantization (Ge et al. 2013), faiss's."""
     opq = faiss.OPQMatrix(train.shape[1], bits // 8)
     opq.pq = pq = faiss.ProductQuantizer(train.shape[1], bits // 8, 8)  # faiss does not keep it alive
-    pq.cp.seed = seed
     pq.cp.min_points_per_centroid = 1
     opq.train(np.tile(train, (-(-train.shape[1] // len(train)), 1)))  # with fewer points than dimensions it crashes
     opq.pq = None
@@ -184,8 +182,8 @@ def method_map(
         return float(
             retrieval.average_precisions(lambda part: part @ database.T, torch.from_numpy(query), *truth).mean()
         )
-    rotate = rotation(features["train"], bits, seed) if method == "OPQ" else lambda x: x
-    pq = product_quantizer(rotate(features["train"]), bits, seed)
+    rotate = rotation(features["train"], bits) if method == "OPQ" else lambda x: x
+    pq = product_quantizer(rotate(features["train"]), bits)
     centroids = torch.from_numpy(faiss.vector_to_array(pq.centroids).reshape(pq.M, pq.ksub, pq.dsub))
     codes = torch.from_numpy(pq.compute_codes(rotate(database)))
     return retrieval.mean_average_precision(

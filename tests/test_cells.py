@@ -1,11 +1,13 @@
 """Tables and figures: what stands in them is what was trained, and nothing is trained twice."""
 
 import json
+import subprocess
+import sys
 
 import numpy as np
 import pandas as pd
 import pytest
-from conftest import FROZEN
+from conftest import FROZEN, ROOT
 from PIL import Image
 from test_scripts import call, load, refused
 
@@ -286,3 +288,21 @@ def test_published_numbers_are_found():
     assert published.map_of("paper_table1_map", "UTH", "Flickr25K", 16) is None
     assert published.map_of("paper_table1_map", "no such", "Flickr25K", 16) is None
     assert load("tables/table3").published_map("batch 256, memory 0", "CIFAR10-I", 32) == 68.66
+
+
+def test_two_processes_share_the_work(tmp_path):
+    """The second waits for the cell that the first is at, and takes it."""
+    program = (
+        "import sys, time, json; from pathlib import Path; import cells\n"
+        "folder = Path(sys.argv[1])\n"
+        "def compute():\n"
+        "    (folder / f'began-{sys.argv[2]}').touch(); time.sleep(1); return {'by': sys.argv[2]}\n"
+        "print(cells.kept(folder, {'a': 1}, compute)['by'])"
+    )
+    started = [
+        subprocess.Popen([sys.executable, "-c", program, tmp_path, str(i)], cwd=ROOT, stdout=subprocess.PIPE, text=True)
+        for i in range(2)
+    ]
+    said = [process.communicate(timeout=120)[0].strip() for process in started]
+    assert len(list(tmp_path.glob("began-*"))) == 1
+    assert said[0] == said[1] in ("0", "1")

@@ -63,8 +63,8 @@ figure { margin: 0; font-size: .75rem; line-height: 1.25; } figure img { width: 
   object-fit: cover; border: 3px solid var(--line); border-radius: 4px; } .small img { image-rendering: pixelated; }
 .hit img { border-color: var(--hit); } .miss img { border-color: var(--miss); border-style: dashed; }
 .hit b { color: var(--hit); } .miss b { color: var(--miss); } .asked img { border-color: var(--ink); }
-@media (max-width: 700px) { .figures > div { flex-basis: 45%; } .query { grid-template-columns: repeat(4, 1fr); }
-  .query .asked { grid-column: 1 / -1; width: calc(25% - 4px); } }
+@media (max-width: 700px) { .figures > div { flex-basis: 45%; } .query { grid-template-columns: repeat(5, 1fr); }
+  .query .asked { grid-column: 1 / -1; width: calc(20% - 4px); } }
 """
 
 
@@ -82,19 +82,24 @@ def rows(pairs: list[tuple], kind: str = "") -> str:
 
 def beside(metrics: dict) -> list[tuple[str, str]]:
     """What was published for the run's data set and code length: name and MAP in percent."""
-    config = metrics["config"]
-    protocol = config["protocol"] if config["dataset"] == "CIFAR10" else ""
-    short, long = published.NAMES.get((config["dataset"], protocol), (None, None))
-    if short is None or metrics["bits"] not in published.BITS:
-        return []
-    symmetric = config["symmetric_distance"]
+    name, long = experiment(metrics)
     runs = published.read("reference_runs").astype({"test_map": float})
-    theirs = 100 * runs[runs["notes"] == f"{short}{metrics['bits']}bits{'Symm' if symmetric else ''}"]["test_map"]
+    theirs = 100 * runs[runs["notes"] == name]["test_map"]
+    if theirs.empty:
+        return []
     found = [("the authors' runs on three GPUs", f"{theirs.mean():.2f} ({theirs.min():.2f}-{theirs.max():.2f})")]
-    if not symmetric:
+    if not metrics["config"]["symmetric_distance"]:  # the paper has no such results
         paper = published.map_of("paper_table1_map", published.OURS, long, metrics["bits"])
         found.insert(0, ("the paper", f"{paper:.2f}"))
     return found
+
+
+def experiment(metrics: dict) -> tuple[str, str]:
+    """What the authors' logs and the paper's tables call a run's data set, the former with code length and search."""
+    config = metrics["config"]
+    protocol = config["protocol"] if config["dataset"] == "CIFAR10" else ""
+    short, long = published.NAMES.get((config["dataset"], protocol), ("", ""))
+    return f"{short}{metrics['bits']}bits{'Symm' if config['symmetric_distance'] else ''}", long
 
 
 def head(metrics: dict) -> str:
@@ -132,6 +137,16 @@ def configuration(metrics: dict) -> str:
     )
 
 
+def their_maps(metrics: dict) -> list[tuple]:
+    """MAP by epoch in the authors' runs of the same experiment: lines for `panel`."""
+    frame = published.read("reference_curves")
+    frame = frame[(frame["notes"] == experiment(metrics)[0]) & (frame["val_map"] != "")]
+    return [
+        (part["epoch"].astype(int), part["val_map"].astype(float), f"the authors', VGG16, {gpu}")
+        for gpu, part in frame.groupby("gpu", sort=False)
+    ]
+
+
 def curves(metrics: dict, pr: np.ndarray, p_at_k: np.ndarray, codes: np.ndarray, K: int) -> str:
     """Plots: the training's curves, precision and recall, P@K, and how often each codeword is used."""
     import plots
@@ -149,7 +164,10 @@ def curves(metrics: dict, pr: np.ndarray, p_at_k: np.ndarray, codes: np.ndarray,
         entries = [entry for entry in history if tag in entry]
         if entries:
             line = [entry["epoch"] for entry in entries], [entry[tag] for entry in entries], None
-            learned.append(panel(title, "epoch", "", line, marker="." if len(entries) < 40 else ""))
+            theirs = their_maps(metrics) if tag == "val_mAP" else []
+            if theirs:
+                line = (*line[:2], "this run")
+            learned.append(panel(title, "epoch", "", line, *theirs, marker="." if len(entries) < 40 else ""))
     thinned = np.unique(np.geomspace(1, pr.shape[1], 400).astype(int)) - 1
     found = [panel("precision and recall", "recall", "precision", (*pr[:, thinned], None))]
     found.append(panel("precision among the first K", "K", "precision", (*p_at_k, None)))

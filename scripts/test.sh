@@ -9,5 +9,5 @@ if [[ "${1:-}" == --all ]]; then
 fi
 style=0
 "$python" -m ruff check . && "$python" -m ruff format --check . || style=$?
-"$python" -m pytest "$@"
+"$python" -m pytest --numprocesses auto --dist loadfile "$@"  # a core each, a file's tests together
 exit "$style"

@@ -1,6 +1,10 @@
 """Fixtures. MECOQ_GOLDEN names another folder of golden numbers; MECOQ_REAL_DATA one with real images and weights."""
 
 import os
+
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ["OMP_NUM_THREADS"] = "1"  # workers, and what they start, have a core each; before torch is imported
+
 import pickle
 import subprocess
 import sys

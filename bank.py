@@ -7,12 +7,14 @@ out of seconds.
 
 import hashlib
 import json
+import shutil
 from argparse import Namespace
 from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import torch
+import torchvision
 from torch import Tensor, nn
 
 import data
@@ -22,6 +24,7 @@ from results import read_array
 from resume import fingerprint
 from utils import InputError, atomic_write, check_writable, locked, progress_bar, write_json
 
+FORMAT = 1  # to be raised with every change of what the values are
 KEY = (
     "dataset",
     "protocol",
@@ -45,26 +48,32 @@ def build_bank(root: Path, splits: data.Splits, backbone: Backbone, args: Namesp
     """Compute what is not there yet: `epoch000.npy` ... `[2, n, F]` float32, both views of the training images in the
     order in which that epoch takes them. Returns their folder below `root`, which is named by all that they depend on.
 
-    Raises InputError where the backbone is not frozen.
+    Raises InputError where the backbone is not frozen, or there is no room.
     """
     if not can_bank(backbone):
         raise InputError(f"--backbone {args.backbone}: a feature bank needs one without trained blocks and dropout")
     key = {flag: getattr(args, flag) for flag in KEY}
     key |= {"sha256": fingerprint(splits, backbone), "processor": device_name(args.device)}
+    key |= {"format": FORMAT, "versions": [torch.__version__, torchvision.__version__]}
     folder = root / hashlib.sha256(json.dumps(key).encode()).hexdigest()[:16]
     check_writable(folder)
     with locked(folder / "lock", f"waiting for another process, which computes the features in {folder}", wait=True):
         write_json(folder / "key.json", key)
         backbone.eval()
         loader = data.train_loader(splits, args)
-        for epoch in range(args.epoch_num):
-            path = _path(folder, epoch)
-            if not path.exists():
-                loader.batch_sampler.epoch = epoch
-                bar = progress_bar(loader, f"features of epoch {epoch}'s views")
-                pairs = [torch.stack(backbone(views).chunk(2)).cpu() for views in bar]
-                with atomic_write(path) as file:
-                    np.save(file, torch.cat(pairs, dim=1).numpy(), allow_pickle=False)
+        missing = [epoch for epoch in range(args.epoch_num) if not _path(folder, epoch).exists()]
+        size, free = len(missing) * 2 * len(splits.train) * backbone.dim * 4, shutil.disk_usage(folder).free
+        if size + 2**20 > free:
+            raise InputError(
+                f"the features of {len(missing)} epochs' views need {size / 1e9:.2f} GB, {folder} has "
+                f"{free / 1e9:.2f}: name another folder with --bank"
+            )
+        for epoch in missing:
+            loader.batch_sampler.epoch = epoch
+            bar = progress_bar(loader, f"features of epoch {epoch}'s views")
+            pairs = [torch.stack(backbone(views).chunk(2)).cpu() for views in bar]
+            with atomic_write(_path(folder, epoch)) as file:
+                np.save(file, torch.cat(pairs, dim=1).numpy(), allow_pickle=False)
     return folder
 
 
@@ -77,14 +86,14 @@ class BankedViews:
 
     def __init__(self, folder: Path, n: int, args: Namespace) -> None:
         self.folder, self.n, self.batch_size, self.device = folder, n, args.batch_size, args.device
-        self.batch_sampler = Namespace(epoch=0)
+        self.batch_sampler = Namespace(epoch=0, first=0)  # as data.ShuffledBatches
 
     def __len__(self) -> int:
         return -(-self.n // self.batch_size)
 
     def __iter__(self) -> Iterator[Tensor]:
         views = read_array(_path(self.folder, self.batch_sampler.epoch), mmap_mode="r")  # [2, n, F]
-        for start in range(0, self.n, self.batch_size):
+        for start in range(self.batch_sampler.first * self.batch_size, self.n, self.batch_size):
             batch = np.array(views[:, start : start + self.batch_size])
             yield torch.from_numpy(batch).to(self.device).flatten(0, 1)
 

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import math
 import shutil
 import time
 from argparse import ArgumentParser, Namespace
@@ -18,11 +19,13 @@ import published
 from bank import BankedViews, KnownFeatures, build_bank, can_bank
 from features import test_features
 from published import pd
-from results import NEUTRAL, Files
-from resume import fingerprint, read_state
+from results import Files
+from resume import MOVABLE, fingerprint, read_state
 from utils import (
+    LOG,
     InputError,
     Parser,
+    RunError,
     atomic_write,
     check_writable,
     locked,
@@ -35,7 +38,9 @@ from watch import Look, Watched
 
 # what the paper's tables call a data set -> flags where it has no script
 DATASETS = {long: [] for _, long in published.NAMES.values()} | {"Digits": ["--dataset", "Digits"]}
-REFUSED = ("dry_run", "test_only", "resume", "overwrite", "notes", "symmetric_distance")
+FORMAT = 1  # of a cell: to be raised where the same flags give another result
+UNTOLD = MOVABLE | {"weights", "vgg_model_path", "recipe"}  # recipe has a column of its own
+REFUSED = ("dry_run", "test_only", "resume", "overwrite", "notes", "output", "symmetric_distance")
 
 
 # ---------------------------------------------------------------- what is asked for
@@ -60,14 +65,18 @@ def parse(parser: ArgumentParser, argv: list[str] | None, figure: bool = False) 
     if figure:
         published.need_matplotlib()
     own, flags = parser.parse_known_args(argv)
+    own.datasets, own.seeds, own.bits = (list(dict.fromkeys(x)) for x in (own.datasets, own.seeds, own.bits))
+    own.bits.sort()
     given = program.build_parser().parse_args(flags)
     for flag in REFUSED:
-        if getattr(given, flag):
+        if getattr(given, flag) not in (None, False, "."):
             raise InputError(f"--{flag} has no place here: this script makes many runs")
     for flag in flags:
-        if flag.partition("=")[0] in ("--dataset", "--protocol", "--protocal", "--M", "--seed"):
+        if flag.partition("=")[0] in ("--dataset", "--protocol", "--protocal", "--M", "--K", "--seed"):
             raise InputError(f"{flag}: --datasets, --bits and --seeds say it here")
-    program.check_device(given.device)
+    if given.epoch_num < 1:
+        raise InputError("--epoch_num must be at least 1 here")
+    program.take_device(options(own.datasets[0], own.bits[0], own.seeds[0], flags))
     for folder in (own.results, own.cells):
         check_writable(folder)
     return own, flags
@@ -76,27 +85,44 @@ def parse(parser: ArgumentParser, argv: list[str] | None, figure: bool = False) 
 def options(dataset: str, bits: int, seed: int, flags: list[str], **change: object) -> Namespace:
     """The flags of one run, resolved: those of the published script for this data set and code length, but for the
     entropy term, which the paper does not have; then those given; then `change`."""
-    short = {long: short for short, long in published.NAMES.values()}.get(dataset)
-    script = published.script_flags(f"{short}{bits}bits") or DATASETS[dataset] + ["--M", str(bits // 8)]
-    parser = program.build_parser()
-    args = parser.parse_args([*script, *flags, "--seed", str(seed)])
-    if args.recipe == "paper" and "--hp_lambda" not in flags:
-        args.hp_lambda = None
+    args = parsed(dataset, bits, flags)
+    args.seed, args.notes = seed, "cell"
     vars(args).update(change)
     if args.memory == "none":
         args.queue_begin_epoch = -1
-    args.notes = "cell"
     args = program.resolve(args)
     del args.resume, args.overwrite  # they are not what the run is
     return args
+
+
+def parsed(dataset: str, bits: int, flags: list[str]) -> Namespace:
+    """Those of the published script, and those given, as `main.py` reads them."""
+    short = {long: short for short, long in published.NAMES.values()}.get(dataset)
+    script = published.script_flags(f"{short}{bits}bits") or DATASETS[dataset] + ["--M", str(bits // 8)]
+    parser = program.build_parser()
+    args, given = parser.parse_args([*script, *flags]), parser.parse_args(flags)
+    if given.recipe == "paper":
+        args.hp_lambda = given.hp_lambda
+    return args
+
+
+def departures(dataset: str, bits: int, flags: list[str]) -> str:
+    """What is not as in the published script: a training's flags in a table, beside its method."""
+    given, script = vars(parsed(dataset, bits, flags)), vars(parsed(dataset, bits, []))
+    return ", ".join(f"{flag}={value}" for flag, value in given.items() if flag not in UNTOLD and value != script[flag])
+
+
+def label(method: str, dataset: str, bits: int, seed: int, flags: list[str]) -> dict[str, object]:
+    """What a cell is called in a table: column -> value."""
+    told = departures(dataset, bits, flags)
+    return {"method": method, "dataset": dataset, "bits": bits, "seed": seed, "flags": told}
 
 
 def plan(own: Namespace, flags: list[str], methods: dict[str, dict]) -> list[tuple[dict, Namespace]]:
     """A cell each for all data sets, seeds, code lengths and methods, which are called by their names and differ in
     some flags; see `run_cells`."""
     return [
-        ({"method": name, "dataset": dataset, "bits": bits, "seed": seed},
-         options(dataset, bits, seed, flags, **change))
+        (label(name, dataset, bits, seed, flags), options(dataset, bits, seed, flags, **change))
         for dataset in own.datasets for seed in own.seeds for bits in own.bits for name, change in methods.items()
     ]  # fmt: skip
 
@@ -164,47 +190,63 @@ def train(args: Namespace, ground: Ground, folder: Path, look: Look | None = Non
     files.checkpoints.mkdir(parents=True, exist_ok=True)
     training = engine.start(model, loader, args, None if look else files.last, ground.fingerprint)
     if training.path and files.last.exists():
-        training.restore(read_state(files.last, args))
+        training.restore(state_of(files, args))
     watched = Watched(loader, model, look) if look else loader
 
     def validation() -> float:
         return engine.validate(model, ground.features, ground.splits, args)
 
-    start = time.perf_counter()
-    engine.train(training, watched, validation, args, files, engine.Stopwatch())
-    seconds = time.perf_counter() - start
-    shutil.rmtree(files.checkpoints)
+    stopwatch = engine.Stopwatch()
+    stopwatch.seconds = training.seconds
+    engine.train(training, watched, validation, args, files, stopwatch)
     best = max(epoch["val_mAP"] for epoch in training.history if "val_mAP" in epoch)
-    return {"map": best, "history": training.history, "seconds": seconds}
+    return {"map": best, "history": training.history, "seconds": sum(stopwatch.seconds.values())}
+
+
+def state_of(files: Files, args: Namespace) -> dict:
+    try:
+        return read_state(files.last, args)
+    except InputError as error:
+        raise InputError(f"{one_line(error)}; or remove {files.checkpoints}") from error
 
 
 def cell(args: Namespace, grounds: Grounds, folder: Path, watch: type[Look] | None = None) -> dict:
     """`train`, unless that was done before on the same images with the same weights and flags, whichever table it was
-    for; the result is kept in `folder`.
+    for; the result is kept in `folder`. A training that fails, by a loss that is no number, has `error` and no `map`.
 
     Args:
-        watch: what looks at the model meanwhile, of `watch.py`; its `rows` are kept too.
+        watch: what looks at the model meanwhile, of `watch.py`; its `rows` are kept too. There is no early stop then.
     """
+    program.take_device(args)
+    if watch:
+        args.monitor_counter = args.epoch_num
     ground = grounds.of(args)
-    config = {flag: value for flag, value in vars(args).items() if flag not in NEUTRAL}
+    config = {flag: value for flag, value in vars(args).items() if flag not in MOVABLE}
     key = config | {"sha256": ground.fingerprint, "watch": watch.__name__ if watch else None}
     args.notes = name_of(key)
 
     def compute() -> dict:
         look = watch(ground.images(watch.IMAGES), args) if watch else None
-        result = train(args, ground, folder, look)
+        try:
+            result = train(args, ground, folder, look)
+        except RunError as error:
+            if not isinstance(error.__cause__, RunError):  # a disk or a worker failed, not the training
+                raise
+            return {"map": None, "history": [], "rows": [], "error": one_line(error)}
         return result | ({"rows": look.rows} if look else {})
 
-    return kept(folder, key, compute) | {"canonical_data": ground.splits.canonical}
+    result = kept(folder, key, compute)
+    shutil.rmtree(Files(folder, args.notes).checkpoints, ignore_errors=True)
+    return result | {"canonical_data": ground.splits.canonical}
 
 
 def name_of(key: dict) -> str:
-    return hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:16]
+    return hashlib.sha256(json.dumps({"format": FORMAT} | key, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def kept(folder: Path, key: dict, compute: Callable[[], dict]) -> dict:
     """What is in `folder` under the name of `key`; else what `compute` gives, which is kept with the `seconds` it took
-    and the key as its `config`."""
+    and the key as its `config`. Raises InputError where the file is damaged."""
     path = folder / f"{name_of(key)}.json"
     if not path.exists():
         busy = f"waiting for another process, which makes {path}"
@@ -214,9 +256,13 @@ def kept(folder: Path, key: dict, compute: Callable[[], dict]) -> dict:
                 result = compute()
                 write_json(path, {"seconds": time.perf_counter() - start} | result | {"config": key})
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, OSError) as error:
-        raise InputError(f"{path} is damaged ({one_line(error)}): remove it to have it made again") from error
+        result = json.loads(path.read_text(encoding="utf-8"))
+        if isinstance(result, dict) and result.get("config") == json.loads(json.dumps(key)):
+            return result
+        fault = "it is of another key"
+    except (ValueError, RecursionError, OSError) as error:
+        fault = one_line(error)
+    raise InputError(f"{path} is damaged ({fault}): remove it to have it made again")
 
 
 # ---------------------------------------------------------------- all cells, and what becomes of them
@@ -234,12 +280,15 @@ def run_cells(plan: list[tuple[dict, Namespace]], own: Namespace, watch: type[Lo
     rows = []
     bar = progress_bar(plan, "cells")
     for labels, args in bar:
-        result = cell(args, grounds, own.cells, watch)
+        with program.naming_lack_of_memory():
+            result = cell(args, grounds, own.cells, watch)
+        if "error" in result:
+            LOG.warning("WARNING: %s: %s", labels, result["error"])
+        value = math.nan if result["map"] is None else 100 * result["map"]
         where = {"recipe": args.recipe, "backbone": args.backbone, "canonical_data": result["canonical_data"]}
-        rows.append(labels | {"map": 100 * result["map"], "seconds": result["seconds"]} | where | {"result": result})
-        bar.set_postfix(
-            {key: value for key, value in labels.items() if key != "seed"} | {"map": f"{rows[-1]['map']:.2f}"}
-        )
+        rows.append(labels | {"map": value, "seconds": result["seconds"]} | where | {"result": result})
+        shown = {name: labels[name] for name in ("method", "bits")}
+        bar.set_postfix(shown | {"map": f"{value:.2f}"})
     return pd.DataFrame(rows)
 
 
@@ -250,7 +299,7 @@ def drops(frame: "pd.DataFrame", dataset: str, published_as: str | None = None) 
     names = list(dict.fromkeys(frame["method"]))
     columns = {"method": names}
     for bits, part in frame[frame["dataset"] == dataset].groupby("bits"):
-        by_seed = part.pivot_table(index="method", columns="seed", values="map").loc[names]
+        by_seed = part.pivot_table(index="method", columns="seed", values="map").reindex(names)
         columns[f"{bits} bits"] = by_seed.apply(spread, axis=1).tolist()
         columns[f"{bits}: drop"] = (by_seed.loc[names[0]] - by_seed).mean(axis=1).tolist()
         if published_as:
@@ -259,9 +308,15 @@ def drops(frame: "pd.DataFrame", dataset: str, published_as: str | None = None) 
     return pd.DataFrame(columns)
 
 
+def heading(frame: "pd.DataFrame", dataset: str) -> str:
+    """What a table is of, and with which flags it was made."""
+    told = "; ".join(dict.fromkeys(flags for flags in frame[frame["dataset"] == dataset]["flags"] if flags))
+    return f"{dataset}, MAP in percent; {f'as published but for {told}' if told else 'flags as published'}"
+
+
 def exploded(frame: "pd.DataFrame", rows: Callable[[dict], list[dict]]) -> "pd.DataFrame":
     """Each cell's labels with each of the `rows` that its result holds."""
-    labels = frame[["method", "dataset", "bits", "seed"]].to_dict("records")
+    labels = frame[["method", "dataset", "bits", "seed", "flags"]].to_dict("records")
     pairs = zip(labels, frame["result"], strict=True)
     return pd.DataFrame([label | row for label, result in pairs for row in rows(result)])
 

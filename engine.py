@@ -5,7 +5,6 @@ import time
 from argparse import Namespace
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -319,6 +318,16 @@ def validate(model: MeCoQ, features: dict[str, Computed | Cached], splits: data.
     return measure(retrieval.mean_average_precision, model.quantizer, queries, db_codes, splits, args)
 
 
+def tables(quantizer: CodebookAttention, args: Namespace) -> Callable[[Tensor], Tensor]:
+    """What makes tables `[q, M, K]` of some queries, for the similarity that the flags ask for."""
+    codewords = quantizer.codewords()
+    if not codewords.isfinite().all():
+        raise RunError("the codewords are not finite numbers: try a smaller --lr or a larger --T")
+    if args.symmetric_distance:
+        return lambda queries: retrieval.symmetric_tables(queries, codewords)
+    return lambda queries: retrieval.lookup_tables(queries, codewords, args.normalize_query)
+
+
 @torch.inference_mode()
 def measure(
     metric: Callable,
@@ -330,16 +339,9 @@ def measure(
 ) -> retrieval.Metrics | float:
     """`retrieval.evaluate` or `retrieval.mean_average_precision` of embeddings (or codes) of the queries and codes of
     the database, with the similarity that the flags ask for, on the run's device."""
-    codewords = quantizer.codewords()
-    if not codewords.isfinite().all():
-        raise RunError("the codewords are not finite numbers: try a smaller --lr or a larger --T")
-    if args.symmetric_distance:
-        tables = retrieval.symmetric_tables
-    else:
-        tables = partial(retrieval.lookup_tables, normalize_query=args.normalize_query)
     with progress_bar(None, "rank queries", total=len(queries)) as bar:
         return metric(
-            lambda part: tables(part, codewords),
+            tables(quantizer, args),
             queries,
             db_codes.to(args.device),
             torch.from_numpy(splits.query.labels).to(args.device),

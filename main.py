@@ -9,6 +9,8 @@ import math
 import re
 import sys
 from argparse import BooleanOptionalAction, Namespace
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 
@@ -420,14 +422,11 @@ def run(args: Namespace) -> None:
             LOG.info("results are in %s", files.checkpoints)
 
 
-def start(argv: list[str] | None) -> int:
-    """Do what the flags say; a lack of memory ends in one line too. Returns 0, or 1."""
-    args = resolve(build_parser().parse_args(argv))
-    if args.dry_run:
-        print(json.dumps(vars(args), indent=2))
-        return 0
+@contextmanager
+def naming_lack_of_memory() -> Iterator[None]:
+    """Raises RunError where memory runs out, or a worker dies."""
     try:
-        run(args)
+        yield
     except (MemoryError, RuntimeError) as error:
         if "DataLoader worker" in str(error) and OUT_OF_MEMORY[-1] not in str(error):
             raise RunError(one_line(error)) from error
@@ -437,7 +436,16 @@ def start(argv: list[str] | None) -> int:
         raise RunError(
             f"out of memory ({reason}): try a smaller --batch_size, --num_workers, --queue_size or --K"
         ) from error
-    return 0
+
+
+def start(argv: list[str] | None) -> None:
+    """Do what the flags say; a lack of memory ends in one line too."""
+    args = resolve(build_parser().parse_args(argv))
+    if args.dry_run:
+        print(json.dumps(vars(args), indent=2))
+    else:
+        with naming_lack_of_memory():
+            run(args)
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -18,6 +18,7 @@ from torch import Tensor
 import retrieval
 from utils import InputError
 
+FORMAT = 2  # to be raised with every change of what a method gives
 Encode = Callable[[np.ndarray], np.ndarray]
 
 
@@ -36,7 +37,7 @@ def prepared(features: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
 def lsh(train: np.ndarray, bits: int, seed: int) -> Encode:
     """Signs of random projections (Charikar 2002), faiss's."""
     index = faiss.IndexLSH(train.shape[1], bits, True, False)
-    index.rrot.init(seed)
+    index.rrot.init(seed % 2**31)
     index.is_trained = True
     return lambda x: np.unpackbits(index.sa_encode(x), axis=1, bitorder="little")[:, :bits].astype(bool)
 

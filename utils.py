@@ -196,7 +196,7 @@ def locked(path: Path, busy: str, wait: bool) -> Iterator[None]:
         except (BlockingIOError, PermissionError):
             if not wait:
                 raise InputError(busy) from None
-            LOG.info(busy)
+            LOG.warning(busy)  # seen without a log, too
             fcntl.lockf(file, fcntl.LOCK_EX)
         yield
 

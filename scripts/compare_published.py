@@ -84,18 +84,17 @@ def read_table(path: Path) -> list[dict]:
     for its method."""
     try:
         frame = pd.read_csv(path).astype({"map": float, "published": float, "bits": int, "canonical_data": bool})
-        frame["recipe"] = frame["recipe"].fillna("")
+        frame[["recipe", "flags"]] = frame[["recipe", "flags"]].fillna("")
         short = {long: short for short, long in NAMES.values()}
         return [
             {
                 "experiment": f"{short.get(row.dataset, row.dataset)}{row.bits}bits",
                 "setting": ", ".join(
-                    part
-                    for part in (row.method, row.recipe, row.backbone, "" if row.canonical_data else OTHER_IMAGES)
-                    if part
+                    filter(None, (row.method, row.recipe, row.flags, "" if row.canonical_data else OTHER_IMAGES))
                 ),
                 "map": row.map,
                 "theirs": row.published,
+                "of_table": row.method,
             }
             for row in frame.itertuples()
         ]
@@ -106,16 +105,17 @@ def read_table(path: Path) -> list[dict]:
 
 
 def compare(runs: list[dict]) -> "pd.DataFrame":
-    """The published numbers, and beside each what we have. Rows of our tables stand beside the paper's for the same
-    method (`theirs`) and, but for the full method, have none of the release."""
-    frame = pd.DataFrame(runs, columns=["experiment", "setting", "map", "theirs"])
+    """The published numbers, and beside each what we have. Rows of our tables stand beside what the paper has for their
+    method (`theirs`), if anything, and but for the full method beside none of the release."""
+    frame = pd.DataFrame(runs, columns=["experiment", "setting", "map", "theirs", "of_table"])
     grouped = frame.groupby(["experiment", "setting"])
     ours = grouped["map"].agg(["count", "mean", "min", "max"]).add_prefix("ours_")
-    ours["theirs"] = grouped["theirs"].first()
+    ours[["theirs", "of_table"]] = grouped[["theirs", "of_table"]].first()
     table = published_maps().reset_index().merge(ours.reset_index(), on="experiment", how="left")
-    other = table["theirs"].notna() & (table["theirs"] != table["paper"])
+    theirs, of_table = table.pop("theirs"), table.pop("of_table")
+    table["paper"] = theirs.where(of_table.notna(), table["paper"])
+    other = of_table.notna() & ~of_table.isin([published.OURS, "MeCoQ (full)"])
     table.loc[other, ["release_mean", "release_min", "release_max"]] = None
-    table["paper"] = table.pop("theirs").fillna(table["paper"])
     table["minus_paper"] = table["ours_mean"] - table["paper"]
     table["minus_release"] = table["ours_mean"] - table["release_mean"]
     return table

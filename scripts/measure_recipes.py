@@ -41,16 +41,16 @@ def main(argv: list[str] | None = None) -> None:
         for bits in own.bits:
             weight = given.hp_lambda
             if weight is None:
-                weight = cells.options(dataset, bits, 0, flags, recipe="release").hp_lambda
+                weight = cells.parsed(dataset, bits, [*flags, "--recipe", "release"]).hp_lambda
             if weight == 0:
                 raise InputError("--hp_lambda must be more than 0 here")
             for seed in own.seeds:
                 for name, change in settings(weight).items():
-                    labels = {"method": name, "dataset": dataset, "bits": bits, "seed": seed}
-                    plan.append((labels, cells.options(dataset, bits, seed, flags, **{"hp_lambda": None} | change)))
+                    args = cells.options(dataset, bits, seed, flags, **{"hp_lambda": None} | change)
+                    plan.append((cells.label(name, dataset, bits, seed, flags), args))
     frame = cells.run_cells(plan, own)
     cells.write_csv(own.results / "measure_recipes.csv", frame.drop(columns="result"))
-    parts = [part for name in own.datasets for part in (f"{name}, MAP in percent", cells.drops(frame, name))]
+    parts = [part for name in own.datasets for part in (cells.heading(frame, name), cells.drops(frame, name))]
     cells.write_markdown(own.results / "measure_recipes.md", *parts)
 
 

@@ -13,6 +13,7 @@ import html
 import io
 import sys
 from argparse import Namespace
+from itertools import cycle
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -28,7 +29,7 @@ import published
 import retrieval
 from features import test_features
 from results import Files, read_array, read_metrics
-from utils import InputError, Parser, atomic_write, check_writable, run_script
+from utils import InputError, Parser, atomic_write, check_writable, one_line, run_script, sha256
 from watch import used_codewords
 
 CLASSES = {
@@ -104,26 +105,23 @@ def experiment(metrics: dict) -> tuple[str, str]:
 
 def head(metrics: dict) -> str:
     config = metrics["config"]
-    depth = f"@{metrics['topK']}" if metrics["topK"] else ""
+    protocol = f" ({config['protocol']})" if config["dataset"] == "CIFAR10" else ""
+    epochs = f"epochs, the best one {metrics['best_epoch']}" if metrics["epochs_run"] else "epochs: tested only"
     figures = [
-        (f"{100 * metrics['map']:.2f}", f"MAP{depth} in percent"),
-        (f"{metrics['bits']}", "bits an image"),
-        (f"{metrics['epochs_run']}", f"epochs, the best one {metrics['best_epoch']}"),
+        (f"{100 * metrics['map']:.2f}", f"MAP@{metrics['topK'] or 'all'} in percent"),
+        (metrics["bits"], "bits an image"),
+        (metrics["epochs_run"], epochs),
     ]
-    warnings = [] if metrics["canonical_data"] else ["The images are not the published ones."]
-    warnings += (
-        [f"Only {metrics['limit']} images a split were used: the MAP means nothing."] if metrics["limit"] else []
-    )
+    notes = [] if metrics["canonical_data"] else ["The images are not the published ones."]
+    notes += [f"Only {metrics['limit']} images a split were used: the MAP means nothing."] if metrics["limit"] else []
     if config["backbone"] != "vgg16":
-        warnings.append(f"The backbone is {config['backbone']}, the published one VGG16: the numbers do not compare.")
+        notes.append(f"The backbone is {config['backbone']}, the published one VGG16: the numbers do not compare.")
+    what = f"{config['dataset']}{protocol}, {config['backbone']}, recipe {metrics['recipe']}, seed {metrics['seed']}"
+    shown = "".join(f'<div><div class="big">{escaped(value)}</div>{escaped(name)}</div>' for value, name in figures)
     return (
-        f"<h1>{escaped(metrics['notes'])}</h1><p>{escaped(config['dataset'])}"
-        f"{' (' + config['protocol'] + ')' if config['dataset'] == 'CIFAR10' else ''}, {escaped(config['backbone'])}, "
-        f"recipe {escaped(metrics['recipe'])}, seed {metrics['seed']}</p><div class='figures'>"
-        + "".join(f'<div><div class="big">{value}</div>{name}</div>' for value, name in figures)
-        + "</div>"
+        f"<h1>{escaped(metrics['notes'])}</h1><p>{escaped(what)}</p><div class='figures'>{shown}</div>"
         + (f"<h2>Published</h2>{rows(beside(metrics))}" if beside(metrics) else "")
-        + f"<p class='note'>{escaped(' '.join(warnings))}</p>"
+        + f"<p class='note'>{escaped(' '.join(notes))}</p>"
     )
 
 
@@ -153,7 +151,7 @@ def curves(metrics: dict, pr: np.ndarray, p_at_k: np.ndarray, codes: np.ndarray,
 
     def panel(title: str, x: str, y: str, *lines: tuple, **style: object) -> str:
         figure, grid = plots.panels(1, 1, 3.8, 2.6)
-        for (horizontal, vertical, label), colour in zip(lines, plots.COLOURS * 3, strict=False):
+        for (horizontal, vertical, label), colour in zip(lines, cycle(plots.COLOURS), strict=False):
             grid[0, 0].plot(horizontal, vertical, label=label, color=colour, linewidth=1.5, **style)
         plots.finish(grid[0, 0], title, x, y, legend=len(lines) > 1)
         return plots.svg(figure)
@@ -208,16 +206,21 @@ class Search:
     """
 
     def __init__(self, metrics: dict, files: Files, codes: np.ndarray, own: Namespace) -> None:
+        config = metrics["config"]
+        path = Path(config["checkpoint"]) if config["test_only"] else files.model
+        if not path.exists() or sha256(path) != metrics["model_sha256"]:
+            raise InputError(f"{path} is not the model that the run's metrics.json is of; --queries 0: no gallery")
         given = {name: getattr(own, name) for name in ("data_root", "list_root", "feature_cache", "device")}
-        config = metrics["config"] | {name: value for name, value in given.items() if value is not None}
-        args = Namespace(**config | {"test_only": True, "checkpoint": str(files.model), "download_cifar10": False})
+        config |= {name: value for name, value in given.items() if value is not None}
+        args = Namespace(**config | {"test_only": True, "checkpoint": str(path), "download_cifar10": False})
+        program.check(args)
         program.take_device(args)
         self.splits, model = program.build(args)
         if not np.array_equal(read_array(files.checkpoints / "db_targets.npy"), self.splits.database.labels):
             raise InputError(
                 f"the images of {args.dataset} are not those of the run: say with --data_root where they are"
             )
-        self.args, self.quantizer = args, model.quantizer
+        self.args = args
         known = {"query": test_features(model.backbone, self.splits, args)["query"]}
         z = engine.encode(model, known["query"], hard=args.symmetric_distance)
         self.codes = torch.from_numpy(codes.astype(np.int32)).to(args.device)
@@ -226,19 +229,14 @@ class Search:
             labels = (
                 torch.from_numpy(part.labels).to(args.device) for part in (self.splits.query, self.splits.database)
             )
+            self.tables = engine.tables(model.quantizer, args)
             self.ap = (
                 retrieval.average_precisions(self.score, z, *labels, args.topK, width=args.M * args.K).cpu().numpy()
             )
 
     def score(self, queries: Tensor) -> Tensor:
         """Similarity of queries to all of the database, `[q, n]`, Eq. 17."""
-        codewords = self.quantizer.codewords()
-        tables = (
-            retrieval.symmetric_tables(queries, codewords)
-            if self.args.symmetric_distance
-            else retrieval.lookup_tables(queries, codewords, self.args.normalize_query)
-        )
-        return retrieval.aqs_scores(tables, self.codes)
+        return retrieval.aqs_scores(self.tables(queries), self.codes)
 
     @torch.inference_mode()
     def first(self, query: int, k: int) -> np.ndarray:
@@ -286,9 +284,14 @@ def gallery(search: Search, n: int) -> str:
 
 
 def page(metrics: dict, files: Files, own: Namespace) -> str:
-    codes = read_array(files.checkpoints / "db_codes.npy")
+    """Raises InputError where the run's files do not belong together."""
+    K, codes = metrics["config"]["K"], read_array(files.checkpoints / "db_codes.npy")
+    labels = read_array(files.checkpoints / "db_targets.npy")
+    shape = len(labels), metrics["config"]["M"]
+    if codes.shape != shape or codes.dtype.kind not in "iu" or codes.min() < 0 or codes.max() >= K:
+        raise InputError(f"{files.checkpoints / 'db_codes.npy'} does not hold the run's codes: test the run again")
     pr, p_at_k = (read_curve(files.checkpoints / name) for name in ("PR_curve.txt", "P_at_topK_curve.txt"))
-    body = head(metrics) + curves(metrics, pr, p_at_k, codes, metrics["config"]["K"])
+    body = head(metrics) + curves(metrics, pr, p_at_k, codes, K)
     if own.queries:
         body += gallery(Search(metrics, files, codes, own), own.queries)
     return (
@@ -330,7 +333,11 @@ def main(argv: list[str] | None = None) -> None:
         raise InputError("--queries must not be negative")
     target = own.html or files.checkpoints / "report.html"
     check_writable(target.parent)
-    content = page(read_metrics(path), files, own)
+    metrics = read_metrics(path)
+    try:
+        content = page(metrics, files, own)
+    except (KeyError, TypeError, AttributeError) as error:
+        raise InputError(f"{path} is the metrics.json of another version ({one_line(error)}): move it away") from error
     with atomic_write(target, "w") as file:
         file.write(content)
     print(f"written to {target}")

@@ -13,12 +13,13 @@ from test_scripts import call, load, refused
 
 import cells
 import engine
+import loss
 import main
 import published
 import shallow
-from utils import InputError
+from utils import InputError, RunError, run_script
 
-FLAGS = [*FROZEN, "--limit", "300", "--epoch_num", "2", "--queue_begin_epoch", "1", "--queue_size", "48",
+FLAGS = [*FROZEN[:-2], "--limit", "300", "--epoch_num", "2", "--queue_begin_epoch", "1", "--queue_size", "48",
          "--mode", "debias", "--pos_prior", "0.1", "--T", "0.3", "--topK", "20", "--num_workers", "0"]  # fmt: skip
 WHICH = ("--datasets", "Digits", "--bits", "16", "--seeds", "1", "2")
 
@@ -109,6 +110,46 @@ def test_nothing_is_trained_twice(place, monkeypatch):
     assert len(trained) == 2 * 3  # rho+ of 0.1 and a memory of 48 are the same
 
 
+def test_a_banked_cell_goes_on_within_an_epoch(place, tmp_path, monkeypatch):
+    flags, _ = place
+    there = [*flags, "--seeds", "1", "--layers", "0", "--save_interval", "4", f"--results={tmp_path}"]
+    real, calls = loss.contrastive_loss, []
+
+    def stopped(*args, **more):
+        calls.append(1)
+        if len(calls) == 13 + 6:  # an epoch has 13 steps
+            raise KeyboardInterrupt
+        return real(*args, **more)
+
+    assert call("tables/layers", *there, f"--cells={tmp_path}/a") == 0
+    monkeypatch.setattr(loss, "contrastive_loss", stopped)
+    assert call("tables/layers", *there, f"--cells={tmp_path}/b") == 130
+    assert call("tables/layers", *there, f"--cells={tmp_path}/b") == 0
+    assert len(calls) == 13 + 6 + 13 - 4
+    ended = [json.loads(next((tmp_path / name).glob("*.json")).read_text()) for name in "ab"]
+    assert ended[0]["history"] == ended[1]["history"]
+
+
+def test_a_training_that_fails_leaves_its_place_empty(place, tmp_path, monkeypatch, caplog):
+    flags, _ = place
+    real = cells.train
+
+    def diverging(args, *others):
+        if args.hp_gamma == 0:
+            raise RunError("epoch 1, step 2: the loss became nan") from RunError("the loss became nan")
+        return real(args, *others)
+
+    monkeypatch.setattr(cells, "train", diverging)
+    for script in ("tables/table2", "figures/figure2"):
+        assert call(script, *flags, "--seeds", "1", f"--cells={tmp_path}", f"--results={tmp_path}") == 0
+    assert "the loss became nan" in caplog.text
+    frame = pd.read_csv(tmp_path / "table2.csv").set_index("method")["map"]
+    assert frame.isna().sum() == 1
+    assert np.isnan(frame["w/o codeword diversity"])
+    monkeypatch.setattr(cells, "train", lambda *_: (_ for _ in ()).throw(RunError("no space left on device")))
+    assert call("tables/table2", *flags, "--seeds", "2", f"--cells={tmp_path}", f"--results={tmp_path}") == 1
+
+
 def test_a_stopped_table_goes_on(place, tmp_path, monkeypatch):
     flags, _ = place
     real, count = cells.train, []
@@ -129,7 +170,7 @@ def test_a_stopped_table_goes_on(place, tmp_path, monkeypatch):
 
 def test_a_training_of_the_backbone_goes_on_where_it_was_stopped(tmp_path, monkeypatch):
     """Nothing can be banked of a backbone that learns: its cells train on images, and are saved as runs are."""
-    flags = ["--backbone", "convnet", "--image_size", "16", "--limit", "100", "--batch_size", "16", "--K", "8",
+    flags = ["--backbone", "convnet", "--image_size", "16", "--limit", "100", "--batch_size", "16",
              "--feat_dim", "8", "--topK", "20", "--lr", "0.05", "--num_workers", "0", "--epoch_num", "3",
              "--queue_begin_epoch", "1", "--queue_size", "30", "--feature_cache", "off"]  # fmt: skip
     own = ["--datasets", "Digits", "--bits", "16", "--seeds", "5", f"--results={tmp_path}", "--layers", "0"]
@@ -145,7 +186,7 @@ def test_a_training_of_the_backbone_goes_on_where_it_was_stopped(tmp_path, monke
     assert call("tables/layers", *own, *flags, f"--cells={tmp_path}/a") == 130
     assert list((tmp_path / "a").glob("checkpoints/*/last.cpt"))
     assert call("tables/layers", *own, *flags, f"--cells={tmp_path}/a") == 0
-    assert len(calls) == 3 + 1  # of the last epoch alone
+    assert len(calls) < 3 + 3  # it did not begin anew
     assert call("tables/layers", *own, *flags, f"--cells={tmp_path}/b") == 0
     ended = [json.loads(next((tmp_path / name).glob("*.json")).read_text()) for name in "ab"]
     assert ended[0]["history"] == ended[1]["history"]
@@ -157,15 +198,17 @@ def test_a_training_of_the_backbone_goes_on_where_it_was_stopped(tmp_path, monke
 
 def test_table3_counts_negatives_and_costs(place, capsys):
     flags, folder = place
-    assert call("tables/table3", *flags, "--steps", "2", "--seeds", "1") == 0
+    table3 = load("tables/table3")
+    expected = [[128, 0, 254], [256, 0, 510], [128, 128, 382], [128, 384, 638], [128, 896, 1150]]
+    assert [[*size, table3.negatives(*size)] for size in table3.SIZES] == expected
+    table3.SIZES = table3.SIZES[:2]
+    assert run_script(lambda: table3.main([*flags, "--steps", "9", "--seeds", "1"])) == 0
     frame = pd.read_csv(folder / "results" / "table3.csv")
-    assert len(frame) == 5
+    assert len(frame) == 2
     assert (frame["seconds_per_epoch"] > 0).all()
-    assert (frame["peak_mib"] > 50).all()
+    assert (frame["peak_mib"] > 1).all()
     lines = [line.split("|") for line in capsys.readouterr().out.splitlines() if line.startswith("|")][2:]
-    assert [[int(x) for x in line[1:4]] for line in lines] == [
-        [128, 0, 254], [256, 0, 510], [128, 128, 382], [128, 384, 638], [128, 896, 1150],
-    ]  # fmt: skip
+    assert [[int(x) for x in line[1:4]] for line in lines] == expected[:2]
 
 
 def test_figures_have_their_curves_and_pictures(place):
@@ -194,7 +237,7 @@ def test_figures_have_their_curves_and_pictures(place):
 
 def test_conditions_compare_four_variants(place, capsys):
     flags, folder = place
-    assert call("tables/conditions", *flags, "--settings", "as published", "K 16") == 0
+    assert call("tables/conditions", *flags, "--settings", "as published", "lr 0.1") == 0
     frame = pd.read_csv(folder / "results" / "conditions.csv")
     assert len(frame) == 2 * 2 * 4
     line = next(x for x in capsys.readouterr().out.splitlines() if x.startswith("| as published"))
@@ -206,6 +249,8 @@ def test_conditions_compare_four_variants(place, capsys):
 def test_measure_recipes_sets_one_flag_at_a_time(place):
     flags, folder = place
     assert call("measure_recipes", *flags, "--hp_lambda", "0.2", "--seeds", "1") == 0
+    weight = load("measure_recipes").cells.parsed("CIFAR10-II", 32, ["--recipe", "release"]).hp_lambda
+    assert weight == 0.1
     frame = pd.read_csv(folder / "results" / "measure_recipes.csv")
     assert len(frame) == 9
     for flag in ("codebooks", "pairing", "debias_memory", "negative_bound", "normalize_memory", "normalize_query"):
@@ -227,7 +272,10 @@ def test_flags_are_the_published_scripts_then_the_users():
     }  # fmt: skip
     assert {flag: getattr(args, flag) for flag in expected} == expected
     assert cells.options("CIFAR10-II", 64, 7, ["--recipe", "release"]).hp_lambda == 0.05
-    assert cells.options("CIFAR10-II", 64, 7, ["--hp_lambda", "0.3"]).hp_lambda == 0.3
+    for flags in (["--hp_lambda", "0.3"], ["--hp_lambda=0.3"]):
+        assert cells.options("CIFAR10-II", 64, 7, flags).hp_lambda == 0.3
+    told = cells.departures("CIFAR10-II", 64, ["--trainable_layer_num", "0", "--T", "0.35", "--num_workers", "3"])
+    assert told == "trainable_layer_num=0"  # the script's T, and what makes no difference, are not told
     assert cells.options("NUSWIDE", 16, 7, [], memory="none").queue_begin_epoch == -1
 
 
@@ -237,6 +285,11 @@ def test_flags_are_the_published_scripts_then_the_users():
         (["--resume"], "--resume has no place here"),
         (["--M", "4"], "--M: --datasets, --bits and --seeds say it here"),
         (["--seed=4"], "--seed=4: --datasets"),
+        (["--K", "16"], "--K: --datasets"),
+        (["--output", "x"], "--output has no place here"),
+        (["--epoch_num", "0"], "--epoch_num must be at least 1"),
+        (["--device", "cuda:x"], "must be cpu, cuda or cuda:N"),
+        (["--lr", "-1"], "--lr -1.0: must be positive"),
         (["--bits", "20"], "invalid choice"),
         (["--datasets", "MNIST"], "invalid choice"),
         (["--device", "cuda:99"], "CUDA"),
@@ -253,27 +306,31 @@ def test_a_damaged_cell_is_named(tmp_path):
     cells.kept(tmp_path, {"a": 1}, lambda: {"map": 0.5})
     (path,) = tmp_path.glob("*.json")
     assert cells.kept(tmp_path, {"a": 1}, lambda: {"map": 0.7})["map"] == 0.5
-    path.write_text("{")
-    with pytest.raises(InputError, match=f"{path.name} is damaged"):
-        cells.kept(tmp_path, {"a": 1}, lambda: {"map": 0.7})
+    for content in ("{", "{}", "[1]", '{"map": 1, "config": {"a": 2}}', "[" * 10**5):
+        path.write_text(content)
+        with pytest.raises(InputError, match=f"{path.name} is damaged"):
+            cells.kept(tmp_path, {"a": 1}, lambda: {"map": 0.7})
 
 
 def test_compare_published_reads_the_tables(tmp_path, capsys):
-    frame = pd.DataFrame(
-        [
-            ("ITQ", "CIFAR10-II", 32, seed, value, "squeezenet1_0", False, "", 32.5)
-            for seed, value in ((1, 40.0), (2, 41.0))
-        ]
-        + [(published.OURS, "CIFAR10-II", 32, 1, 50.0, "squeezenet1_0", False, "paper", 64.09)],
-        columns=["method", "dataset", "bits", "seed", "map", "backbone", "canonical_data", "recipe", "published"],
-    )
-    frame.to_csv(tmp_path / "table1.csv", index=False)
+    columns = ["method", "dataset", "bits", "seed", "map", "flags", "canonical_data", "recipe", "published"]
+    rows = [
+        ("ITQ", "CIFAR10-II", 32, 1, 40.0, "image_size=128", False, "", 32.5),
+        ("ITQ", "CIFAR10-II", 32, 2, 41.0, "image_size=128", False, "", 32.5),
+        ("ITQ", "CIFAR10-II", 32, 1, 30.0, "", False, "", 32.5),
+        ("exact search on the features", "CIFAR10-II", 32, 1, 45.0, "", False, "", None),
+        (published.OURS, "CIFAR10-II", 32, 1, 50.0, "", False, "paper", 64.09),
+    ]
+    pd.DataFrame(rows, columns=columns).to_csv(tmp_path / "table1.csv", index=False)
     assert call("compare_published", "--output", tmp_path, "--tables", tmp_path / "table1.csv") == 0
-    table = pd.read_csv(tmp_path / "checkpoints" / "compare_published.csv").set_index(["experiment", "setting"])
-    itq = table.loc["CifarII32bits", "ITQ, squeezenet1_0, not the published images"]
+    table = pd.read_csv(tmp_path / "checkpoints" / "compare_published.csv").set_index("experiment").loc["CifarII32bits"]
+    table = table.set_index("setting")
+    itq = table.loc["ITQ, image_size=128, not the published images"]
     assert (itq["ours_count"], itq["ours_mean"], itq["paper"], itq["minus_paper"]) == (2, 40.5, 32.5, 8.0)
-    assert np.isnan(itq["release_mean"])
-    ours = table.loc["CifarII32bits", f"{published.OURS}, paper, squeezenet1_0, not the published images"]
+    assert table.loc["ITQ, not the published images", "ours_mean"] == 30
+    exact = table.loc["exact search on the features, not the published images"]
+    assert exact[["paper", "minus_paper", "release_mean", "minus_release"]].isna().all()
+    ours = table.loc[f"{published.OURS}, paper, not the published images"]
     assert ours["paper"] == 64.09
     assert ours["release_mean"] == pytest.approx(63.79, abs=0.01)
     (tmp_path / "bad.csv").write_text("a,b\n1,2\n")

@@ -2,12 +2,13 @@
 
 import json
 import re
+import shutil
 from html.parser import HTMLParser
 
 import numpy as np
 import pytest
 import torch
-from test_engine import LIVELY, small_run
+from test_engine import LIVELY, SMALL, small_run
 from test_scripts import call, refused
 
 import main
@@ -97,6 +98,31 @@ def test_the_gallery_shows_the_best_and_the_worst_queries(reported):
     assert counts == [page.figures[s + 1 : s + 11].count("hit") for s in range(0, len(page.figures), 11)]
 
 
+def test_hostile_values_stay_text(reported, tmp_path):
+    folder, _ = reported
+    run = tmp_path / "checkpoints" / "evil"
+    shutil.copytree(folder, run)
+    metrics = json.loads((run / "metrics.json").read_text())
+    evil = '<img src="http://x/"><script>alert(1)</script>'
+    metrics |= {"notes": evil, "seed": evil, "best_epoch": evil, "recipe": evil, "device": evil}
+    metrics["config"]["protocol"] = evil
+    (run / "metrics.json").write_text(json.dumps(metrics))
+    assert call("report", "evil", "--output", tmp_path, "--queries", 0) == 0
+    page = Page((run / "report.html").read_text())
+    assert not [link for link in page.links if not link.startswith("#")]
+    del metrics["history"]
+    (run / "metrics.json").write_text(json.dumps(metrics))
+    assert call("report", "evil", "--output", tmp_path, "--queries", 0) == 2
+
+
+def test_a_model_that_was_only_tested(reported, tmp_path):
+    folder, _ = reported
+    argv = [*SMALL, *LIVELY, "--test_only", "--checkpoint", str(folder / "model.cpt"), "--output", str(tmp_path)]
+    assert main.main([*argv, "--notes", "t"]) == 0
+    assert call("report", "t", "--output", tmp_path, "--queries", 1) == 0
+    assert len(Page((tmp_path / "checkpoints/t/report.html").read_text()).figures) == 33
+
+
 def test_photos_with_several_labels(photo_root, tmp_path):
     roots = [f"--data_root={photo_root / 'datasets'}", f"--list_root={photo_root / 'data'}"]
     flags = ["--dataset", "Flickr25K", "--limit", "40", "--image_size", "32", "--epoch_num", "0", *roots]
@@ -122,5 +148,17 @@ def test_what_is_missing_is_said_in_one_line(reported, tmp_path, capsys):
     curve.write_text("1 2\n")
     assert "PR_curve.txt has not two rows" in refused(capsys, "report", "small", "--output", output)
     curve.write_bytes(content)
+    codes = np.load(folder / "db_codes.npy")
+    for wrong in (codes[:50], codes + 100, codes.astype(float)):
+        np.save(folder / "db_codes.npy", wrong)
+        assert "does not hold the run's codes" in refused(capsys, "report", "small", "--output", output)
+    np.save(folder / "db_codes.npy", codes)
+    model = folder / "model.cpt"
+    content = model.read_bytes()
+    torch.save(torch.load(model, weights_only=True) | {"projection.bias": torch.ones(8)}, model)
+    assert "is not the model" in refused(capsys, "report", "small", "--output", output)
+    model.write_bytes(content)
+    for device in ("cuda:x", "cuda:99"):
+        assert "--device" in refused(capsys, "report", "small", "--output", output, "--device", device)
     assert call("report", "small", "--output", output, "--queries", 0, "--html", tmp_path / "plain.html") == 0
     assert "Gallery" not in (tmp_path / "plain.html").read_text()

@@ -30,10 +30,10 @@ SETTINGS: dict[str, dict[str, object]] = {
     "alpha 30": {"alpha": 30.0},
     "no weight decay": {"hp_beta": 0.0},
     "weight decay 0.05": {"hp_beta": 0.05},
-    "rho+ 0.3": {"pos_prior": 0.3},
+    "rho+ 0.3": {"mode": "debias", "pos_prior": 0.3},
     "batch 16": {"batch_size": 16},
     "batch 32": {"batch_size": 32},
-    "K 16": {"K": 16},
+    "K 16, half the bits": {"K": 16},
     "memory of 1024": {"queue_size": 1024},
     "entropy term 0.1": {"hp_lambda": 0.1},
     "entropy term 0.3": {"hp_lambda": 0.3},
@@ -56,11 +56,11 @@ VARIANTS = {
 
 
 def summary(frame: "cells.pd.DataFrame") -> "cells.pd.DataFrame":
-    """A row each setting: MAP of the four variants, what the term and the memory add to the method without the other
-    and to that with it, and Omega and the codewords in use at the end, with the term and without it."""
+    """A row each setting: MAP of the four variants; what the memory adds, and the term with memory and without; Omega
+    and the codewords in use at the end, with the term and without it."""
     rows = []
     for setting, part in frame.groupby("setting", sort=False):
-        seeds = part.pivot_table(index="seed", columns="variant", values="map")
+        seeds = part.pivot_table(index="seed", columns="variant", values="map").reindex(columns=list(VARIANTS))
         mean = part.groupby("variant")[["omega", "used"]].mean()
         gains = {
             "+ memory": seeds["full"] - seeds["w/o memory"],
@@ -89,14 +89,15 @@ def main(argv: list[str] | None = None) -> None:
     }
     frame = cells.run_cells(cells.plan(own, flags, variants), own, CodebookWatch)
     frame[["setting", "variant"]] = frame["method"].tolist()
-    frame["omega"] = [result["history"][-1]["loss/codeword_reg_loss"] for result in frame["result"]]
+    last = [(result["history"] or [{}])[-1] | (result["rows"] or [{}])[-1] for result in frame["result"]]
+    frame["omega"] = [values.get("loss/codeword_reg_loss") for values in last]
     for name in ("used", "perplexity", "hard_error"):
-        frame[name] = [result["rows"][-1][name] for result in frame["result"]]
+        frame[name] = [values.get(name) for values in last]
     cells.write_csv(own.results / "conditions.csv", frame.drop(columns=["result", "method"]))
     parts = [
         part
         for (dataset, bits), rows in frame.groupby(["dataset", "bits"], sort=False)
-        for part in (f"{dataset}, {bits} bits, MAP in percent", summary(rows))
+        for part in (f"{cells.heading(rows, dataset)}; {bits} bits", summary(rows))
     ]
     cells.write_markdown(own.results / "conditions.md", *parts)
 

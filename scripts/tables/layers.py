@@ -37,7 +37,7 @@ def main(argv: list[str] | None = None) -> None:
         raise InputError("--layers must begin with 0, to which the others are compared")
     frame = cells.run_cells(cells.plan(own, flags, named), own)
     cells.write_csv(own.results / "layers.csv", frame.drop(columns="result"))
-    parts = [part for dataset in own.datasets for part in (f"{dataset}, MAP in percent", cells.drops(frame, dataset))]
+    parts = [part for dataset in own.datasets for part in (cells.heading(frame, dataset), cells.drops(frame, dataset))]
     cells.write_markdown(own.results / "layers.md", *parts)
 
 

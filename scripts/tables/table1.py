@@ -31,8 +31,13 @@ EXACT = "exact search on the features"
 def shallow_cell(method: str, args: Namespace, ground: cells.Ground, folder: Path) -> dict:
     """A shallow method's MAP and seconds, kept beside the trainings'. Code length does not matter to exact search."""
     bits = None if method == "exact" else 8 * args.M
+    if ground.backbone.cut == 0:
+        raise InputError(
+            f"--backbone {args.backbone}: it has no frozen layers, whose features the shallow methods take"
+        )
     key = {"method": method, "bits": bits, "seed": args.seed, "topK": args.topK, "sha256": ground.fingerprint}
     key |= {flag: getattr(args, flag) for flag in ("image_size", "precision", "limit")}
+    key["shallow"] = shallow.FORMAT
 
     def compute() -> dict:
         labels = {name: torch.from_numpy(getattr(ground.splits, name).labels) for name in ("query", "database")}
@@ -67,13 +72,12 @@ def main(argv: list[str] | None = None) -> None:
     methods = [*shallow.METHODS, "exact"]
     order = [(dataset, seed, bits) for dataset in own.datasets for seed in own.seeds for bits in own.bits]
     frozen = [
-        ({"method": EXACT if method == "exact" else method, "dataset": dataset, "bits": bits, "seed": seed},
+        (cells.label(EXACT if method == "exact" else method, dataset, bits, seed, flags),
          cells.options(dataset, bits, seed, flags, trainable_layer_num=0), method)
         for dataset, seed, bits in order for method in methods
     ]  # fmt: skip
     learned = [
-        ({"method": published.OURS, "dataset": dataset, "bits": bits, "seed": seed},
-         cells.options(dataset, bits, seed, flags))
+        (cells.label(published.OURS, dataset, bits, seed, flags), cells.options(dataset, bits, seed, flags))
         for dataset, seed, bits in order
     ]  # fmt: skip
     frame = cells.run_cells(learned, own)
@@ -89,7 +93,7 @@ def main(argv: list[str] | None = None) -> None:
         for method, dataset, bits in frame[["method", "dataset", "bits"]].to_numpy()
     ]
     cells.write_csv(own.results / "table1.csv", frame)
-    parts = [part for dataset in own.datasets for part in (f"{dataset}, MAP in percent", table(frame, dataset))]
+    parts = [part for dataset in own.datasets for part in (cells.heading(frame, dataset), table(frame, dataset))]
     cells.write_markdown(own.results / "table1.md", *parts)
 
 

@@ -33,7 +33,7 @@ def main(argv: list[str] | None = None) -> None:
     frame = cells.run_cells(cells.plan(own, flags, VARIANTS), own)
     frame["published"] = [published.map_of(TABLE, *row) for row in frame[["method", "dataset", "bits"]].to_numpy()]
     cells.write_csv(own.results / "table2.csv", frame.drop(columns="result"))
-    parts = [part for name in own.datasets for part in (f"{name}, MAP in percent", cells.drops(frame, name, TABLE))]
+    parts = [part for name in own.datasets for part in (cells.heading(frame, name), cells.drops(frame, name, TABLE))]
     cells.write_markdown(own.results / "table2.md", *parts)
 
 

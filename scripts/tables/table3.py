@@ -4,30 +4,24 @@
 python scripts/tables/table3.py --datasets CIFAR10-II --bits 32 --seeds 2021 2022 2023 FLAGS
 
 FLAGS are main.py's. Time and memory are those of training on images, views and backbone included, over --steps steps
-with all negatives in use, scaled to an epoch; peak memory is the GPU's, or of the process on a CPU. Nothing else should
-run meanwhile. Writes table3.csv, a row each training, and table3.md, and skips what is done.
+with all negatives in use, scaled to an epoch; peak memory is the GPU's, or what the process on a CPU holds besides data
+and network. Nothing else should run meanwhile. Writes table3.csv, a row each training, and table3.md, and skips what is
+done.
 """
 
 import sys
-import time
-from argparse import Namespace
 from functools import partial
-from itertools import islice
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-import torch
-
 import cells
-import data
-import engine
-import main as program
 import published
+from cost import profile
 from results import device_name
-from utils import InputError, progress_bar, run_script, seed_everything
+from utils import InputError, progress_bar, run_script
 
 SIZES = ((128, 0), (256, 0), (128, 128), (128, 384), (128, 896))  # batch, memory
-HEADING = "{}, {} bits; MAP in percent. The paper's numbers are of CIFAR10-I, 32 bits, VGG16 on a GPU"
+NOTE = "{} bits; the paper's numbers are of CIFAR10-I, 32 bits, VGG16 on a GPU"
 PUBLISHED = ("CIFAR10-I", 32)  # what the paper's table is of
 
 
@@ -42,53 +36,6 @@ def variant(batch: int, memory: int) -> dict[str, object]:
 def negatives(batch: int, memory: int) -> int:
     """Of a query: all other views of the batch but its positive, and the memory. (The paper counts N, not 2N - 2.)"""
     return 2 * batch - 2 + memory
-
-
-def profile(args: Namespace, splits: data.Splits, steps: int) -> dict:
-    """Seconds an epoch, and peak memory in MiB, of `steps` steps on images with a memory that is full."""
-    seed_everything(args.seed)
-    model = program.build_model(args)
-    loader = data.train_loader(splits, args)
-    training = engine.start(model, loader, args)
-    if model.memory:
-        model.memory.filled = model.memory.size  # as in the epochs that use it
-    training.epoch = max(args.queue_begin_epoch, 0)
-    engine.train_epoch(training, Some(loader, 2), args)  # warm-up
-    training.step, training.sums = 0, {}
-    forget_peak(args.device)
-    start = time.perf_counter()
-    engine.train_epoch(training, Some(loader, steps), args)
-    seconds = time.perf_counter() - start
-    return {"seconds_per_epoch": seconds / steps * len(loader), "peak_mib": peak(args.device)}
-
-
-class Some:
-    """The first batches of a loader."""
-
-    def __init__(self, loader: data.TwoViews, steps: int) -> None:
-        self.loader, self.steps, self.batch_sampler = loader, min(steps, len(loader)), loader.batch_sampler
-
-    def __len__(self) -> int:
-        return self.steps
-
-    def __iter__(self):  # noqa: ANN204
-        return islice(iter(self.loader), self.steps)
-
-
-def forget_peak(device: str) -> None:
-    """Begin to measure the peak anew; where the system can not (no Linux), it is the process's whole life's."""
-    if device != "cpu":
-        torch.cuda.reset_peak_memory_stats(device)
-    elif Path("/proc/self/clear_refs").exists():
-        Path("/proc/self/clear_refs").write_text("5")
-
-
-def peak(device: str) -> float:
-    if device != "cpu":
-        return torch.cuda.max_memory_allocated(device) / 2**20
-    status = Path("/proc/self/status")
-    lines = status.read_text().splitlines() if status.exists() else []
-    return next((float(line.split()[1]) / 2**10 for line in lines if line.startswith("VmHWM")), float("nan"))
 
 
 def published_row(batch: int, memory: int) -> "cells.pd.Series":
@@ -123,11 +70,10 @@ def main(argv: list[str] | None = None) -> None:
         raise InputError("--steps must be at least 1")
     plan = cells.plan(own, flags, {called(*size): variant(*size) for size in SIZES})
     frame = cells.run_cells(plan, own)
-    costs, grounds = {}, cells.Grounds(own.bank)
+    costs = {}
     for labels, args in progress_bar([entry for entry in plan if entry[0]["seed"] == own.seeds[0]], "timing"):
         key = {"profile": own.steps, "device": device_name(args.device)} | vars(args)
-        splits = grounds.of(args).splits
-        result = cells.kept(own.cells, key, partial(profile, args, splits, own.steps))
+        result = cells.kept(own.cells, key, partial(profile, args, own.steps))
         costs[labels["dataset"], labels["bits"], labels["method"]] = result
     for name in ("seconds_per_epoch", "peak_mib"):
         labels = frame[["dataset", "bits", "method"]].itertuples(index=False, name=None)
@@ -136,7 +82,7 @@ def main(argv: list[str] | None = None) -> None:
     cells.write_csv(own.results / "table3.csv", frame.drop(columns="result"))
     parts = [
         part for dataset in own.datasets for bits in own.bits
-        for part in (HEADING.format(dataset, bits), table(frame, dataset, bits))
+        for part in (cells.heading(frame, dataset), NOTE.format(bits), table(frame, dataset, bits))
     ]  # fmt: skip
     cells.write_markdown(own.results / "table3.md", *parts)
 

@@ -328,7 +328,7 @@ def spread(values: "pd.Series") -> str:
 
 def write_csv(path: Path, frame: "pd.DataFrame") -> None:
     with atomic_write(path, "w") as file:
-        frame.to_csv(file, index=False, float_format="%.4f")
+        frame.to_csv(file, index=False, float_format="%.6g")
 
 
 def write_markdown(path: Path, *parts: "str | pd.DataFrame") -> None:

@@ -22,7 +22,7 @@ def panels(rows: int, columns: int, width: float = 4.2, height: float = 3.0) -> 
     return figure, figure.subplots(rows, columns, squeeze=False)
 
 
-def band(axes: Axes, frame: "pd.DataFrame", x: str, y: str, label: str, colour: str, **style: object) -> None:
+def band(axes: Axes, frame: "pd.DataFrame", x: str, y: str, label: str | None, colour: str, **style: object) -> None:
     """Column `y` over column `x`: the mean of the rows of equal `x` and, where there are several, a band between the
     lowest and the highest. Nothing where there is no value."""
     if y not in frame or frame[y].isna().all():
@@ -33,17 +33,20 @@ def band(axes: Axes, frame: "pd.DataFrame", x: str, y: str, label: str, colour: 
     axes.fill_between(mean.index, groups.min(), groups.max(), color=colour, alpha=0.18, linewidth=0)
 
 
-def finish(axes: Axes, title: str, x: str, y: str, legend: bool = True) -> None:
+def finish(axes: Axes, title: str, x: str, y: str, legend: bool = False) -> None:
+    """Title, names of the axes, and a legend of its own if asked for."""
     axes.set(title=title, xlabel=x, ylabel=y)
     axes.grid(alpha=0.3)
     for side in ("top", "right"):
         axes.spines[side].set_visible(False)
-    if legend and axes.get_legend_handles_labels()[0]:
+    if legend:
         axes.legend(fontsize=8, frameon=False)
 
 
 def save(figure: Figure, path: Path) -> None:
-    """As PNG."""
+    """As PNG, with one legend for all panels below them."""
+    named = {label: line for axes in figure.axes for line, label in zip(*axes.get_legend_handles_labels(), strict=True)}
+    figure.legend(named.values(), named, loc="outside lower center", ncols=4, frameon=False)
     with atomic_write(path) as file:
         figure.savefig(file, format="png", dpi=110)
 

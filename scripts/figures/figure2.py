@@ -26,24 +26,22 @@ def draw(frame: "cells.pd.DataFrame", path: Path) -> None:
     for (dataset, bits), (left, middle, right) in zip(rows, grid, strict=True):
         mean_ap, omega = left.twinx(), middle.twinx()
         part = frame[(frame["dataset"] == dataset) & (frame["bits"] == bits)]
-        for (variant, cells_), colour in zip(part.groupby("method", sort=False), plots.COLOURS, strict=False):
-            plots.band(left, cells_, "epoch", "vanilla_loss", f"loss, {variant}", colour)
-            plots.band(mean_ap, cells_, "epoch", "map", f"MAP, {variant}", colour, linestyle="--", marker=".")
-            plots.band(omega, cells_, "epoch", "omega", f"Omega, {variant}", colour)
-            plots.band(right, cells_, "epoch", "used", f"in use, {variant}", colour)
-            plots.band(right, cells_, "epoch", "perplexity", f"perplexity / K, {variant}", colour, linestyle="--")
+        for (variant, lines), colour in zip(part.groupby("method", sort=False), plots.COLOURS, strict=False):
+            plots.band(left, lines, "epoch", "vanilla_loss", variant, colour)
+            plots.band(mean_ap, lines, "epoch", "map", None, colour, linestyle="--", marker=".")
+            plots.band(omega, lines, "epoch", "omega", None, colour)
+            plots.band(right, lines, "epoch", "used", None, colour)
+            plots.band(right, lines, "epoch", "perplexity", None, colour, linestyle="--")
         plots.band(middle, part, "epoch", "lr", "learning rate", "#777777", linestyle=":")
         name = f"{dataset}, {bits} bits"
-        plots.finish(left, f"{name}: loss and MAP", "epoch", "vanilla contrastive loss")
-        plots.finish(mean_ap, "", "", "MAP (%)")
-        mean_ap.legend(fontsize=8, frameon=False, loc="center right")
-        plots.finish(middle, f"{name}: learning rate and Omega", "epoch", "learning rate")
-        plots.finish(omega, "", "", "Omega")
-        omega.legend(fontsize=8, frameon=False, loc="center right")
+        plots.finish(left, f"{name}: loss and MAP", "epoch", "vanilla contrastive loss (solid)")
+        plots.finish(mean_ap, "", "", "MAP in percent (dashed)")
+        plots.finish(middle, f"{name}: learning rate and Omega", "epoch", "learning rate (dotted)")
+        plots.finish(omega, "", "", "Omega (solid)")
         for axes in (mean_ap, omega):
             axes.grid(visible=False)
             axes.spines["right"].set_visible(True)
-        plots.finish(right, f"{name}: codewords", "epoch", "share of K")
+        plots.finish(right, f"{name}: codewords", "epoch", "of K: used, perplexity (dashed)")
         right.set_ylim(0, 1.05)
     plots.save(figure, path)
 

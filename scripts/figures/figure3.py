@@ -29,7 +29,12 @@ def draw(frame: "cells.pd.DataFrame", path: Path) -> None:
         for interval, axes in zip(DriftWatch.INTERVALS, panels[:-1], strict=True):
             for (kind, label), colour in zip(KINDS.items(), plots.COLOURS, strict=False):
                 plots.band(axes, part, "step", f"{kind}_{interval}", label, colour)
-            plots.finish(axes, f"{dataset}, {bits} bits: drift over {interval} steps", "step", "squared distance")
+            plots.finish(
+                axes,
+                f"{dataset}, {bits} bits: drift over {interval} step{'s' if interval > 1 else ''}",
+                "step",
+                "squared distance",
+            )
             axes.set_yscale("log")
         for kind, colour in zip(("soft", "hard"), plots.COLOURS[1:], strict=False):
             plots.band(panels[-1], part, "step", f"{kind}_error", KINDS[kind], colour)

@@ -41,10 +41,8 @@ SETTINGS: dict[str, dict[str, object]] = {
     "lr 0.1, alpha 30": {"lr": 0.1, "alpha": 30.0},
     "lr 1, T 1": {"lr": 1.0, "T": 1.0},
     "alpha 1, T 0.1": {"alpha": 1.0, "T": 0.1},
-    "alpha 1, batch 16": {"alpha": 1.0, "batch_size": 16},
     "no debiasing": {"mode": "simple", "pos_prior": 0.0},
     "no debiasing, T 0.1": {"mode": "simple", "pos_prior": 0.0, "T": 0.1},
-    "no debiasing, batch 16": {"mode": "simple", "pos_prior": 0.0, "batch_size": 16},
     "lr 0.001": {"lr": 0.001},
 }
 VARIANTS = {

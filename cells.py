@@ -323,7 +323,9 @@ def exploded(frame: "pd.DataFrame", rows: Callable[[dict], list[dict]]) -> "pd.D
 
 def spread(values: "pd.Series") -> str:
     """Mean, and in brackets the lowest and the highest."""
-    return f"{values.mean():.2f} ({values.min():.2f}-{values.max():.2f})" if len(values) > 1 else f"{values.mean():.2f}"
+    if len(values) < 2:
+        return f"{values.mean():.2f}"
+    return f"{values.mean():.2f} ({values.min():.2f}{' to ' if values.min() < 0 else '-'}{values.max():.2f})"
 
 
 def write_csv(path: Path, frame: "pd.DataFrame") -> None:

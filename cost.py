@@ -19,7 +19,10 @@ def profile(args: Namespace, steps: int) -> dict[str, float]:
     """`seconds_per_epoch` and `peak_mib` of some steps with a memory that is full, measured in a new process, which
     holds nothing else."""
     with multiprocessing.get_context("spawn").Pool(1) as pool:
-        return pool.apply(measured, (args, steps))
+        result = pool.apply(measured, (args, steps))
+        pool.close()
+        pool.join()  # it ends by itself, and cleans up
+    return result
 
 
 def measured(args: Namespace, steps: int) -> dict[str, float]:

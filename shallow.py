@@ -125,7 +125,7 @@ def product_quantizer(train: np.ndarray, bits: int) -> "faiss.ProductQuantizer":
     """Product quantization (Jegou et al. 2011), faiss's, with a byte a sub-quantizer. Raises InputError where there are
     fewer images than centroids."""
     if len(train) < 256:
-        raise InputError(f"PQ and OPQ need 256 training images, there are {len(train)}: leave out --limit")
+        raise InputError(f"PQ and OPQ need 256 training images, there are {len(train)} (is there a --limit?)")
     pq = faiss.ProductQuantizer(train.shape[1], bits // 8, 8)
     pq.cp.min_points_per_centroid = 1  # no warning where there are few
     pq.train(train)

@@ -139,6 +139,13 @@ class Ground:
         self.backbone, self.bank = model.backbone.eval(), bank
         self.features = test_features(self.backbone, self.splits, args, ("train", "query", "database"))
         self.fingerprint = fingerprint(self.splits, self.backbone)
+        self.views: dict[int, Path] = {}
+
+    def banked_views(self, args: Namespace) -> Path:
+        """The folder with the features of the views of `--epoch_num` epochs, computed once."""
+        if args.epoch_num not in self.views:
+            self.views[args.epoch_num] = build_bank(self.bank, self.splits, self.backbone, args)
+        return self.views[args.epoch_num]
 
     def images(self, n: int) -> Tensor:
         """The features of n training images at most, evenly spread, `[n, ...]` float32."""
@@ -180,9 +187,7 @@ def train(args: Namespace, ground: Ground, folder: Path, look: Look | None = Non
     seed_everything(args.seed)
     model = program.build_model(args)
     if can_bank(model.backbone):
-        loader = BankedViews(
-            build_bank(ground.bank, ground.splits, ground.backbone, args), len(ground.splits.train), args
-        )
+        loader = BankedViews(ground.banked_views(args), len(ground.splits.train), args)
         model.backbone = KnownFeatures(model.backbone.dim)
     else:
         loader = data.train_loader(ground.splits, args)

@@ -1,7 +1,6 @@
 """How is it drawn? Panels of curves, each a mean over seeds with a band from the lowest to the highest."""
 
 import io
-from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -56,8 +55,3 @@ def svg(figure: Figure) -> str:
     text = io.StringIO()
     figure.savefig(text, format="svg", metadata={"Date": None, "Creator": None})
     return text.getvalue()[text.getvalue().index("<svg") :]
-
-
-def columns_of(frame: "pd.DataFrame", names: Sequence[str]) -> list[tuple]:
-    """The different rows of some columns, in their order."""
-    return list(frame[list(names)].drop_duplicates().itertuples(index=False, name=None))

@@ -52,6 +52,18 @@ def script_flags(experiment: str) -> list[str]:
     return [part for flag, value in row.items() if value for part in (f"--{flag}", value)] + symmetric
 
 
+def experiment(config: dict, bits: int) -> tuple[str, str]:
+    """What the authors' logs call a run's data set, code length and search ("CifarII32bitsSymm"), and what the paper's
+    tables call its data set; the latter is empty where they have none of it.
+
+    Args:
+        config: the run's flags.
+    """
+    protocol = config["protocol"] if config["dataset"] == "CIFAR10" else ""
+    short, long = NAMES.get((config["dataset"], protocol), ("", ""))
+    return f"{short}{bits}bits{'Symm' if config['symmetric_distance'] else ''}", long
+
+
 def map_of(table: str, row: str, dataset: str, bits: int) -> float | None:
     """MAP in percent from Table 1 ("paper_table1_map") or 2 ("paper_table2_ablation_map"); None where it has none.
 

@@ -126,17 +126,21 @@ def product_quantizer(train: np.ndarray, bits: int) -> "faiss.ProductQuantizer":
     fewer images than centroids."""
     if len(train) < 256:
         raise InputError(f"PQ and OPQ need 256 training images, there are {len(train)} (is there a --limit?)")
-    pq = faiss.ProductQuantizer(train.shape[1], bits // 8, 8)
-    pq.cp.min_points_per_centroid = 1  # no warning where there are few
+    pq = untrained_quantizer(train.shape[1], bits)
     pq.train(train)
+    return pq
+
+
+def untrained_quantizer(dim: int, bits: int) -> "faiss.ProductQuantizer":
+    pq = faiss.ProductQuantizer(dim, bits // 8, 8)
+    pq.cp.min_points_per_centroid = 1  # no warning where there are few
     return pq
 
 
 def rotation(train: np.ndarray, bits: int) -> Encode:
     """The rotation of optimized product quantization (Ge et al. 2013), faiss's."""
     opq = faiss.OPQMatrix(train.shape[1], bits // 8)
-    opq.pq = pq = faiss.ProductQuantizer(train.shape[1], bits // 8, 8)  # faiss does not keep it alive
-    pq.cp.min_points_per_centroid = 1
+    opq.pq = pq = untrained_quantizer(train.shape[1], bits)  # noqa: F841, faiss does not keep it alive
     opq.train(np.tile(train, (-(-train.shape[1] // len(train)), 1)))  # with fewer points than dimensions it crashes
     opq.pq = None
     return opq.apply

@@ -11,7 +11,6 @@ and CSV beside the first folder's checkpoints. MAP in percent; a spread is the l
 
 import re
 import sys
-from argparse import Namespace
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -40,13 +39,10 @@ def published_maps() -> "pd.DataFrame":
 def read_run(path: Path) -> dict | None:
     """Experiment, setting and MAP of a run of ours; None where nothing was published for its like."""
     metrics = read_metrics(path)
-    config = Namespace(**metrics["config"])
     try:
-        protocol = config.protocol if config.dataset == "CIFAR10" else ""
-        if (config.dataset, protocol) not in NAMES:
+        experiment, long = published.experiment(metrics["config"], metrics["bits"])
+        if not long:
             return None
-        name = NAMES[config.dataset, protocol][0]
-        experiment = f"{name}{metrics['bits']}bits{'Symm' if config.symmetric_distance else ''}"
         return {"experiment": experiment, "setting": setting(experiment, metrics), "map": 100 * metrics["map"]}
     except (KeyError, AttributeError, TypeError) as error:
         raise InputError(f"{path} is the metrics.json of another version ({one_line(error)}): move it away") from error

@@ -9,6 +9,7 @@ done is not done again. Writes measure_recipes.csv, a row each training, and mea
 """
 
 import sys
+from argparse import Namespace
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -27,7 +28,7 @@ def settings(weight: float) -> dict[str, dict[str, object]]:
         if flag not in IDLE:
             value = weight if flag == "hp_lambda" else release
             named[f"paper, {flag}={value}"] = {flag: value}
-    return named
+    return {name: {"hp_lambda": None} | change for name, change in named.items()}
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -44,10 +45,8 @@ def main(argv: list[str] | None = None) -> None:
                 weight = cells.parsed(dataset, bits, [*flags, "--recipe", "release"]).hp_lambda
             if weight == 0:
                 raise InputError("--hp_lambda must be more than 0 here")
-            for seed in own.seeds:
-                for name, change in settings(weight).items():
-                    args = cells.options(dataset, bits, seed, flags, **{"hp_lambda": None} | change)
-                    plan.append((cells.label(name, dataset, bits, seed, flags), args))
+            one = Namespace(datasets=[dataset], bits=[bits], seeds=own.seeds)
+            plan += cells.plan(one, flags, settings(weight))
     frame = cells.run_cells(plan, own)
     cells.write_csv(own.results / "measure_recipes.csv", frame.drop(columns="result"))
     parts = [part for name in own.datasets for part in (cells.heading(frame, name), cells.drops(frame, name))]

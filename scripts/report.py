@@ -83,7 +83,7 @@ def rows(pairs: list[tuple], kind: str = "") -> str:
 
 def beside(metrics: dict) -> list[tuple[str, str]]:
     """What was published for the run's data set and code length: name and MAP in percent."""
-    name, long = experiment(metrics)
+    name, long = published.experiment(metrics["config"], metrics["bits"])
     runs = published.read("reference_runs").astype({"test_map": float})
     theirs = 100 * runs[runs["notes"] == name]["test_map"]
     if theirs.empty:
@@ -93,14 +93,6 @@ def beside(metrics: dict) -> list[tuple[str, str]]:
         paper = published.map_of("paper_table1_map", published.OURS, long, metrics["bits"])
         found.insert(0, ("the paper", f"{paper:.2f}"))
     return found
-
-
-def experiment(metrics: dict) -> tuple[str, str]:
-    """What the authors' logs and the paper's tables call a run's data set, the former with code length and search."""
-    config = metrics["config"]
-    protocol = config["protocol"] if config["dataset"] == "CIFAR10" else ""
-    short, long = published.NAMES.get((config["dataset"], protocol), ("", ""))
-    return f"{short}{metrics['bits']}bits{'Symm' if config['symmetric_distance'] else ''}", long
 
 
 def head(metrics: dict) -> str:
@@ -137,8 +129,8 @@ def configuration(metrics: dict) -> str:
 
 def their_maps(metrics: dict) -> list[tuple]:
     """MAP by epoch in the authors' runs of the same experiment: lines for `panel`."""
-    frame = published.read("reference_curves")
-    frame = frame[(frame["notes"] == experiment(metrics)[0]) & (frame["val_map"] != "")]
+    frame, (name, _) = published.read("reference_curves"), published.experiment(metrics["config"], metrics["bits"])
+    frame = frame[(frame["notes"] == name) & (frame["val_map"] != "")]
     return [
         (part["epoch"].astype(int), part["val_map"].astype(float), f"the authors', VGG16, {gpu}")
         for gpu, part in frame.groupby("gpu", sort=False)
@@ -211,8 +203,8 @@ class Search:
         if not path.exists() or sha256(path) != metrics["model_sha256"]:
             raise InputError(f"{path} is not the model that the run's metrics.json is of; --queries 0: no gallery")
         given = {name: getattr(own, name) for name in ("data_root", "list_root", "feature_cache", "device")}
-        config |= {name: value for name, value in given.items() if value is not None}
-        args = Namespace(**config | {"test_only": True, "checkpoint": str(path), "download_cifar10": False})
+        given = {name: value for name, value in given.items() if value is not None}
+        args = Namespace(**config | given | {"test_only": True, "checkpoint": str(path), "download_cifar10": False})
         program.check(args)
         program.take_device(args)
         self.splits, model = program.build(args)

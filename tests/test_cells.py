@@ -38,6 +38,20 @@ def of(folder, **wanted):
     return [c for c in found if all(c["config"].get(flag) == value for flag, value in wanted.items())]
 
 
+def interrupted(monkeypatch, owner, name, call_number):
+    """Let one call of a function be interrupted as by Ctrl-C; returns a list that grows with every call."""
+    real, calls = getattr(owner, name), []
+
+    def counted(*arguments, **more):
+        calls.append(1)
+        if len(calls) == call_number:
+            raise KeyboardInterrupt
+        return real(*arguments, **more)
+
+    monkeypatch.setattr(owner, name, counted)
+    return calls
+
+
 def test_table2_holds_the_trainings_and_their_mean_drops(place, capsys):
     flags, folder = place
     assert call("tables/table2", *flags) == 0
@@ -113,16 +127,8 @@ def test_nothing_is_trained_twice(place, monkeypatch):
 def test_a_banked_cell_goes_on_within_an_epoch(place, tmp_path, monkeypatch):
     flags, _ = place
     there = [*flags, "--seeds", "1", "--layers", "0", "--save_interval", "4", f"--results={tmp_path}"]
-    real, calls = loss.contrastive_loss, []
-
-    def stopped(*args, **more):
-        calls.append(1)
-        if len(calls) == 13 + 6:  # an epoch has 13 steps
-            raise KeyboardInterrupt
-        return real(*args, **more)
-
     assert call("tables/layers", *there, f"--cells={tmp_path}/a") == 0
-    monkeypatch.setattr(loss, "contrastive_loss", stopped)
+    calls = interrupted(monkeypatch, loss, "contrastive_loss", 13 + 6)  # an epoch has 13 steps
     assert call("tables/layers", *there, f"--cells={tmp_path}/b") == 130
     assert call("tables/layers", *there, f"--cells={tmp_path}/b") == 0
     assert len(calls) == 13 + 6 + 13 - 4
@@ -152,15 +158,7 @@ def test_a_training_that_fails_leaves_its_place_empty(place, tmp_path, monkeypat
 
 def test_a_stopped_table_goes_on(place, tmp_path, monkeypatch):
     flags, _ = place
-    real, count = cells.train, []
-
-    def stopped(*arguments):
-        count.append(1)
-        if len(count) == 4:
-            raise KeyboardInterrupt
-        return real(*arguments)
-
-    monkeypatch.setattr(cells, "train", stopped)
+    count = interrupted(monkeypatch, cells, "train", 4)
     there = [*flags, f"--cells={tmp_path}"]
     assert call("tables/table2", *there) == 130
     assert len(list(tmp_path.glob("*.json"))) == 3
@@ -174,15 +172,7 @@ def test_a_training_of_the_backbone_goes_on_where_it_was_stopped(tmp_path, monke
              "--feat_dim", "8", "--topK", "20", "--lr", "0.05", "--num_workers", "0", "--epoch_num", "3",
              "--queue_begin_epoch", "1", "--queue_size", "30", "--feature_cache", "off"]  # fmt: skip
     own = ["--datasets", "Digits", "--bits", "16", "--seeds", "5", f"--results={tmp_path}", "--layers", "0"]
-    real, calls = engine.validate, []
-
-    def stopped(*arguments):
-        calls.append(1)
-        if len(calls) == 3:
-            raise KeyboardInterrupt
-        return real(*arguments)
-
-    monkeypatch.setattr(engine, "validate", stopped)
+    calls = interrupted(monkeypatch, engine, "validate", 3)
     assert call("tables/layers", *own, *flags, f"--cells={tmp_path}/a") == 130
     assert list((tmp_path / "a").glob("checkpoints/*/last.cpt"))
     assert call("tables/layers", *own, *flags, f"--cells={tmp_path}/a") == 0

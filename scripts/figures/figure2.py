@@ -21,11 +21,10 @@ VARIANTS = {"with diversity term": {}, "without": {"hp_gamma": 0.0}}
 def draw(frame: "cells.pd.DataFrame", path: Path) -> None:
     import plots
 
-    rows = plots.columns_of(frame, ["dataset", "bits"])
+    rows = frame.groupby(["dataset", "bits"], sort=False)
     figure, grid = plots.panels(len(rows), 3)
-    for (dataset, bits), (left, middle, right) in zip(rows, grid, strict=True):
+    for ((dataset, bits), part), (left, middle, right) in zip(rows, grid, strict=True):
         mean_ap, omega = left.twinx(), middle.twinx()
-        part = frame[(frame["dataset"] == dataset) & (frame["bits"] == bits)]
         for (variant, lines), colour in zip(part.groupby("method", sort=False), plots.COLOURS, strict=False):
             plots.band(left, lines, "epoch", "vanilla_loss", variant, colour)
             plots.band(mean_ap, lines, "epoch", "map", None, colour, linestyle="--", marker=".")

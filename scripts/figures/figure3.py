@@ -22,10 +22,9 @@ KINDS = {"embedding": "embeddings", "soft": "soft reconstructions", "hard": "har
 def draw(frame: "cells.pd.DataFrame", path: Path) -> None:
     import plots
 
-    rows = plots.columns_of(frame, ["dataset", "bits"])
+    rows = frame.groupby(["dataset", "bits"], sort=False)
     figure, grid = plots.panels(len(rows), len(DriftWatch.INTERVALS) + 1)
-    for (dataset, bits), panels in zip(rows, grid, strict=True):
-        part = frame[(frame["dataset"] == dataset) & (frame["bits"] == bits)]
+    for ((dataset, bits), part), panels in zip(rows, grid, strict=True):
         for interval, axes in zip(DriftWatch.INTERVALS, panels[:-1], strict=True):
             for (kind, label), colour in zip(KINDS.items(), plots.COLOURS, strict=False):
                 plots.band(axes, part, "step", f"{kind}_{interval}", label, colour)

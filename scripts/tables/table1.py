@@ -76,16 +76,12 @@ def main(argv: list[str] | None = None) -> None:
          cells.options(dataset, bits, seed, flags, trainable_layer_num=0), method)
         for dataset, seed, bits in order for method in methods
     ]  # fmt: skip
-    learned = [
-        (cells.label(published.OURS, dataset, bits, seed, flags), cells.options(dataset, bits, seed, flags))
-        for dataset, seed, bits in order
-    ]  # fmt: skip
-    frame = cells.run_cells(learned, own)
     grounds, rows = cells.Grounds(own.bank), []
     for labels, args, method in progress_bar(frozen, "shallow methods"):
         result = shallow_cell(method, args, grounds.of(args), own.cells)
         rows.append(labels | {"map": 100 * result["map"], "seconds": result["seconds"], "backbone": args.backbone})
         rows[-1]["canonical_data"] = grounds.last.splits.canonical
+    frame = cells.run_cells(cells.plan(own, flags, {published.OURS: {}}), own)
     frame = cells.pd.concat([cells.pd.DataFrame(rows), frame.drop(columns="result")])
     theirs = {**{method: f"{method}+VGG" for method in shallow.METHODS}, published.OURS: published.OURS}
     frame["published"] = [

@@ -16,12 +16,12 @@ import torch
 from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler
-from torchvision import transforms
+from torchvision import transforms as T
 from torchvision.datasets import CIFAR10
 from torchvision.transforms.functional import pil_to_tensor
 
-import views
-from lists import ImageFiles, find_bad_images, read_flickr25k, read_nuswide
+import transforms
+from readers import ImageFiles, find_bad_images, read_flickr25k, read_nuswide
 from utils import LOG, InputError, by_chunks, leave_signals, sample_seed
 
 NOT_COMPARABLE = "Results are not comparable with published ones."
@@ -344,7 +344,7 @@ class SeededViews(Dataset):
         return self.draw(*key)
 
 
-def pil_views(images: Images | ImageFiles, transform: transforms.Compose, index: int, seed: int) -> tuple[Tensor]:
+def pil_views(images: Images | ImageFiles, transform: T.Compose, index: int, seed: int) -> tuple[Tensor]:
     """Both views of an image, `[2, 3, S, S]`."""
     picture = images.picture(index)
     with torch.random.fork_rng(devices=[]):  # torchvision draws from the global generator
@@ -357,11 +357,13 @@ def photo_views(images: ImageFiles, mirrored: bool, image_size: int, index: int,
     with images.opened(index) as photo:
         width, height = photo.size
         sizes = torch.tensor([[height, height], [width, width]])
-        drawn = views.draw_views(*sizes, mirrored, torch.Generator().manual_seed(seed))
-        enough = image_size / float(drawn[:, views.CROP][:, 2:].min())  # a crop that is larger than S may be decoded at
+        drawn = transforms.draw_views(*sizes, mirrored, torch.Generator().manual_seed(seed))
+        enough = image_size / float(
+            drawn[:, transforms.CROP][:, 2:].min()
+        )  # a crop that is larger than S may be decoded at
         photo.draft("RGB", (math.ceil(enough * width), math.ceil(enough * height)))  # a half, a quarter or an eighth
         pixels = pil_to_tensor(photo.convert("RGB"))
-    crops = [views.crop_view(pixels, numbers, (height, width), image_size) for numbers in drawn]
+    crops = [transforms.crop_view(pixels, numbers, (height, width), image_size) for numbers in drawn]
     return torch.stack(crops), drawn
 
 
@@ -376,7 +378,7 @@ class SmallViews(IterableDataset):
         n, height, width, _ = self.images.pixels.shape
         generator = torch.Generator().manual_seed(sample_seed(self.batches.seed, self.batches.epoch, n))
         sizes = torch.tensor([[height], [width]]).expand(2, 2 * n)
-        drawn = views.draw_views(*sizes, self.mirrored, generator).view(2, n, -1)
+        drawn = transforms.draw_views(*sizes, self.mirrored, generator).view(2, n, -1)
         for batch in self.batches:
             rows = [index for index, _ in batch]
             yield torch.from_numpy(self.images.pixels[rows]).repeat(2, 1, 1, 1), drawn[:, rows].flatten(0, 1)
@@ -414,27 +416,30 @@ def train_loader(splits: Splits, args: Namespace) -> TwoViews:
     images, S = splits.train, args.image_size
     batches = ShuffledBatches(len(images), args.batch_size, args.seed)
     if args.views == "batched" and isinstance(images, Images):
-        augment = partial(views.augment_small, image_size=S)
+        augment = partial(transforms.augment_small, image_size=S)
         small = SmallViews(images, splits.mirrored, batches)
         loader = DataLoader(small, batch_size=None, **_loader_options(args) | {"num_workers": 0})
     else:
         if args.views == "batched":
-            draw, augment = partial(photo_views, images, splits.mirrored, S), partial(by_chunks, views.augment_crops)
+            draw, augment = (
+                partial(photo_views, images, splits.mirrored, S),
+                partial(by_chunks, transforms.augment_crops),
+            )
         else:
-            draw, augment = partial(pil_views, images, views.view_transform(S, splits.mirrored)), lambda x: x
+            draw, augment = partial(pil_views, images, transforms.view_transform(S, splits.mirrored)), lambda x: x
         loader = DataLoader(SeededViews(draw), batch_sampler=batches, collate_fn=views_first, **_loader_options(args))
     return TwoViews(loader, batches, augment, args.device)
 
 
-def photo_transform(image_size: int) -> transforms.Compose:
+def photo_transform(image_size: int) -> T.Compose:
     """What queries and database images on disk go through: the shorter side is resized to 256 / 224 S and the centre
     cut out. PIL image -> `[3, S, S]` float32."""
-    return transforms.Compose(
+    return T.Compose(
         [
-            transforms.Resize(round(image_size * 256 / 224)),
-            transforms.CenterCrop(image_size),
-            transforms.ToTensor(),
-            transforms.Normalize(views.IMAGENET_MEAN, views.IMAGENET_STD),
+            T.Resize(round(image_size * 256 / 224)),
+            T.CenterCrop(image_size),
+            T.ToTensor(),
+            T.Normalize(transforms.IMAGENET_MEAN, transforms.IMAGENET_STD),
         ]
     )
 
@@ -442,7 +447,7 @@ def photo_transform(image_size: int) -> transforms.Compose:
 class Photos(Dataset):
     """index -> the image as test images are seen."""
 
-    def __init__(self, images: ImageFiles, transform: transforms.Compose) -> None:
+    def __init__(self, images: ImageFiles, transform: T.Compose) -> None:
         self.images, self.transform = images, transform
 
     def __len__(self) -> int:
@@ -464,7 +469,7 @@ def test_batches(images: Images | ImageFiles, args: Namespace) -> Iterator[Tenso
     else:
         for start in range(0, len(images), TEST_BATCH):
             pixels = torch.from_numpy(images.pixels[start : start + TEST_BATCH]).to(args.device)
-            yield by_chunks(partial(views.enlarge, image_size=args.image_size), pixels)
+            yield by_chunks(partial(transforms.enlarge, image_size=args.image_size), pixels)
 
 
 test_batches.__test__ = False  # not a pytest function

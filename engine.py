@@ -14,9 +14,10 @@ from torch import Tensor
 import data
 import loss
 import retrieval
-from features import Cached, Computed, test_features
-from lists import ImageFiles
-from network import CodebookAttention, MeCoQ, read_state_dict
+from checkpoint import Signals, Training, fingerprint
+from feature_cache import Cached, Computed, test_features
+from methods.mecoq import CodebookAttention, MeCoQ, read_state_dict
+from readers import ImageFiles
 from results import (
     Events,
     Files,
@@ -29,7 +30,6 @@ from results import (
     save_results,
     versions,
 )
-from resume import Signals, Training, fingerprint
 from utils import LOG, InputError, RunError, Stopped, learning_rate, one_line, progress_bar, sha256, write_json
 
 

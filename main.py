@@ -18,9 +18,9 @@ import torch
 
 import data
 import engine
-from network import BACKBONES, Backbone, MeCoQ, build_backbone, load_checkpoint
+from checkpoint import Signals, begin, find_state
+from methods.mecoq import BACKBONES, Backbone, MeCoQ, build_backbone, load_checkpoint
 from results import Files, code_bits, is_finished
-from resume import Signals, begin, find_state
 from utils import (
     LOG,
     InputError,

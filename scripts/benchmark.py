@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""How fast is it? Times this project and, in the same process, a plain version of what the release does (plain.py).
+"""How fast is it? Times this project and, in the same process, a plain version of what the release does (naive.py).
 
 python scripts/benchmark.py {views, encode, step, evaluate, run} [--repeats 5] FLAGS
 
@@ -31,13 +31,12 @@ from torch.utils.flop_counter import FlopCounterMode
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-import plain
-
 import data
 import engine
-import features
+import feature_cache
 import main as program
 import retrieval
+from experiments import naive
 from results import Files, device_name, versions
 from utils import InputError, Parser, check_writable, logging_to, run_script, write_json
 
@@ -100,7 +99,7 @@ def row(what: str, times: tuple[list[float], list[float]], images: int, plain_im
 
 def views(args: Namespace, options: Namespace) -> list[dict]:
     splits, _ = program.build(args)
-    ours, theirs = data.train_loader(splits, args), plain.train_loader(splits, args)
+    ours, theirs = data.train_loader(splits, args), naive.train_loader(splits, args)
     times = compare(lambda: [None for _ in ours], lambda: [None for _ in theirs], args, options.repeats)
     return [row(f"views at {args.image_size} px", times, 2 * len(splits.train))]
 
@@ -113,11 +112,13 @@ def encode(args: Namespace, options: Namespace) -> list[dict]:
     one = torch.zeros(1, 3, args.image_size, args.image_size, device=args.device)
     with torch.inference_mode():
         work = flops(lambda: model(one))
-    net = plain.strip(program.build_model(args).backbone)
-    theirs = lambda: model.quantizer.hard_codes(plain.encode(model, net, images, args))  # noqa: E731
+    net = naive.strip(program.build_model(args).backbone)
+    theirs = lambda: model.quantizer.hard_codes(naive.encode(model, net, images, args))  # noqa: E731
     with tempfile.TemporaryDirectory() as folder:
-        cached = features.test_features(model.backbone, splits, Namespace(**vars(args) | {"feature_cache": folder}))
-        sides = {"computed": features.Computed(model.backbone, images, args), "cached": cached["database"]}
+        cached = feature_cache.test_features(
+            model.backbone, splits, Namespace(**vars(args) | {"feature_cache": folder})
+        )
+        sides = {"computed": feature_cache.Computed(model.backbone, images, args), "cached": cached["database"]}
         rows = []
         for name, side in sides.items():
             times = compare(lambda side=side: engine.encode(model, side, hard=True), theirs, args, options.repeats)
@@ -130,7 +131,7 @@ def encode(args: Namespace, options: Namespace) -> list[dict]:
 def step(args: Namespace, options: Namespace) -> list[dict]:
     splits, model = program.build(args)
     twin = program.build_model(args)
-    net = plain.strip(twin.backbone)
+    net = naive.strip(twin.backbone)
     batch = next(iter(data.train_loader(splits, args)))
     pairs = torch.stack(batch.contiguous().chunk(2), dim=1)
     loader = _Same(batch, 10)
@@ -144,7 +145,7 @@ def step(args: Namespace, options: Namespace) -> list[dict]:
 
     memory = twin.memory is not None
     net.train()
-    theirs = lambda: [plain.step(twin, net, pairs, other, memory, args) for _ in range(10)]  # noqa: E731
+    theirs = lambda: [naive.step(twin, net, pairs, other, memory, args) for _ in range(10)]  # noqa: E731
     times = compare(ours, theirs, args, options.repeats)
     result = row("10 steps", times, 10 * len(batch))
     result["share_of_matmul_peak"] = flops(ours) / result["ours_seconds"] / peak
@@ -179,8 +180,8 @@ def evaluate(args: Namespace, options: Namespace) -> list[dict]:
     bandwidth = copy_bandwidth(args.device)
     rows = []
     for name, our_side, plain_side in (
-        ("MAP, PR and P@K", retrieval.evaluate, plain.evaluate),
-        ("MAP alone", retrieval.mean_average_precision, plain.mean_average_precision),
+        ("MAP, PR and P@K", retrieval.evaluate, naive.evaluate),
+        ("MAP alone", retrieval.mean_average_precision, naive.mean_average_precision),
     ):
         work = partial(our_side, *mine), partial(plain_side, *theirs, **database)
         times = compare(*work, args, options.repeats)
@@ -227,20 +228,20 @@ def plain_epochs(splits: data.Splits, args: Namespace, epochs: int) -> dict[str,
     Every second epoch is trained with the memory; what it takes counts as often as a run of ours would use it.
     """
     model = program.build_model(args)
-    net = plain.strip(model.backbone)
+    net = naive.strip(model.backbone)
     optimizer = engine.build_optimizer(model, args)
-    loader = plain.train_loader(splits, args)
+    loader = naive.train_loader(splits, args)
     labels = [torch.from_numpy(images.labels).to(args.device) for images in (splits.query, splits.database)]
     topK = args.topK or len(splits.database)
 
     def train(use_memory: bool) -> None:
         net.train()
         for batch in loader:
-            plain.step(model, net, batch, optimizer, use_memory, args)
+            naive.step(model, net, batch, optimizer, use_memory, args)
 
     def test(metric: Callable) -> object:
-        codes = model.quantizer.hard_codes(plain.encode(model, net, splits.database, args))
-        queries = plain.encode(model, net, splits.query, args)
+        codes = model.quantizer.hard_codes(naive.encode(model, net, splits.database, args))
+        queries = naive.encode(model, net, splits.query, args)
         with torch.no_grad():
             words = model.quantizer.codewords()
             return metric(queries, labels[0], topK, codewords=words, db_codes=codes, db_labels=labels[1])
@@ -249,9 +250,9 @@ def plain_epochs(splits: data.Splits, args: Namespace, epochs: int) -> dict[str,
     for epoch in range(epochs):
         use_memory = model.memory is not None and epoch % 2 == 1
         training.append(seconds(lambda use=use_memory: train(use), args.device))
-        validation.append(seconds(lambda: test(plain.mean_average_precision), args.device))
+        validation.append(seconds(lambda: test(naive.mean_average_precision), args.device))
         print(f"plain epoch {epoch}: {training[-1]:.1f} s training, {validation[-1]:.1f} s validation", flush=True)
-    last = seconds(lambda: test(plain.evaluate), args.device)
+    last = seconds(lambda: test(naive.evaluate), args.device)
     without, using = statistics.mean(training[::2]), statistics.mean(training[1::2] or training)
     begin = min(args.queue_begin_epoch, args.epoch_num) if model.memory is not None else args.epoch_num
     train_mean = without + (using - without) * (1 - begin / max(args.epoch_num, 1))

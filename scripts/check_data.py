@@ -15,7 +15,7 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import data
-from lists import ImageFiles, read_lines
+from readers import ImageFiles, read_lines
 from utils import InputError, Parser, one_line, run_script
 
 CIFAR10_CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")

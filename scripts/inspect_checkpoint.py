@@ -12,9 +12,9 @@ from pathlib import Path
 from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from network import read_state_dict
+from checkpoint import load_state
+from methods.mecoq import read_state_dict
 from results import read_metrics
-from resume import load_state
 from utils import InputError, Parser, run_script, sha256
 
 

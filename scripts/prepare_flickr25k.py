@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from lists import claim_folder, read_texts, write_lists
+from readers import claim_folder, read_texts, write_lists
 from utils import InputError, Parser, run_script
 
 CONCEPTS = (

@@ -18,10 +18,10 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import torch
 
+import checkpoint
 import engine
 import main
 import results
-import resume
 import retrieval
 
 # a run comes to a point before it calls the function
@@ -58,7 +58,7 @@ def child(request: dict, folder: Path) -> None:
         os.dup2(os.open(folder / name, os.O_WRONLY | os.O_CREAT), number)
     os.setsid()  # its workers die with it
     watch_points(request.get("kill"), folder / "points")
-    resume.SHARE = math.inf  # runs are so short that few epochs would be saved
+    checkpoint.SHARE = math.inf  # runs are so short that few epochs would be saved
     code = 99
     try:
         code = main.main(request["argv"])

@@ -14,9 +14,9 @@ from test_scripts import call, load, refused
 import data
 import engine
 import retrieval
-from features import Computed
+from feature_cache import Computed
 
-plain = load("plain")
+plain = load("naive")
 FP32 = ["--precision", "fp32"]
 FROZEN = ["--backbone", "squeezenet1_0", "--weights", "random", "--image_size", "32"]
 

@@ -12,7 +12,7 @@ from conftest import GOLDEN
 from PIL import Image
 
 import data
-import views
+import transforms
 from utils import InputError
 
 
@@ -272,8 +272,8 @@ def share(transform, picture, test, n=400):
 def test_views_are_drawn_as_described():
     """Shares of grey and of mirrored views, on pictures where each shows."""
     red = Image.new("RGB", (32, 32), (200, 40, 40))
-    view = views.view_transform(32, mirrored=True)
-    std, mean = (torch.tensor(values)[:, None, None] for values in (views.IMAGENET_STD, views.IMAGENET_MEAN))
+    view = transforms.view_transform(32, mirrored=True)
+    std, mean = (torch.tensor(values)[:, None, None] for values in (transforms.IMAGENET_STD, transforms.IMAGENET_MEAN))
     undo = lambda x: x * std + mean  # noqa: E731
     grey = share(view, red, lambda x: (undo(x).amax(0) - undo(x).amin(0)).max() < 0.02)
     assert grey == pytest.approx(0.2, abs=0.07)
@@ -283,7 +283,7 @@ def test_views_are_drawn_as_described():
     ramp = Image.fromarray(np.repeat(np.arange(0, 256, 8, dtype=np.uint8)[None, :, None], 32, 0).repeat(3, 2))
     rising = lambda x: x[:, :, -1].mean() > x[:, :, 0].mean()  # noqa: E731
     assert share(view, ramp, rising) == pytest.approx(0.5, abs=0.08)
-    assert share(views.view_transform(32, mirrored=False), ramp, rising) == 1.0
+    assert share(transforms.view_transform(32, mirrored=False), ramp, rising) == 1.0
 
 
 def test_photos_are_resized_by_their_shorter_side_and_cut():

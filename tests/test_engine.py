@@ -18,8 +18,8 @@ import engine
 import loss
 import main
 import retrieval
-from features import Computed, test_features
-from network import build_backbone
+from feature_cache import Computed, test_features
+from methods.mecoq import build_backbone
 from utils import RunError
 
 SMALL = [

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 import loss
 from main import RECIPES
-from network import CodebookAttention
+from methods.mecoq import CodebookAttention
 
 LOSS_FLAGS = ("pairing", "debias_memory", "negative_bound", "normalize_memory")
 

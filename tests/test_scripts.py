@@ -18,13 +18,14 @@ import pytest
 from conftest import ROOT, wait_for
 
 import data
-import lists
 import main
+import readers
 from utils import run_script
 
 
 def load(name):
-    spec = importlib.util.spec_from_file_location(name, ROOT / "scripts" / f"{name}.py")
+    (path,) = (path for folder in ("scripts", "experiments") if (path := ROOT / folder / f"{name}.py").exists())
+    spec = importlib.util.spec_from_file_location(name, path)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
@@ -79,7 +80,7 @@ def test_flickr25k_lists_hold_the_potential_labels(kind, mirflickr, tmp_path, ca
     output = tmp_path / "data" / "Flickr25k"
     assert call("prepare_flickr25k", source, "--output", output, "--count", 60) == 0
     assert f"water {len(truth['water'])}" in capsys.readouterr().out
-    images = lists.read_flickr25k(output, tmp_path)
+    images = readers.read_flickr25k(output, tmp_path)
     assert images.names.tolist() == [f"im{i}.jpg" for i in range(1, 61)]
     concepts = (output / "concepts.txt").read_text().split()
     assert concepts == sorted(truth)
@@ -172,7 +173,7 @@ def test_nuswide_lists_keep_the_frequent_concepts(kind, nuswide, tmp_path):
     assert call("prepare_nuswide", ground, images, "--output", output, "--count", 400, "--queries", 3) == 0
     assert (output / "concepts.txt").read_text().split() == concepts
     train, database, test = (
-        lists.read_nuswide(output / f"{part}.txt", tmp_path) for part in ("train", "database", "test")
+        readers.read_nuswide(output / f"{part}.txt", tmp_path) for part in ("train", "database", "test")
     )
     np.testing.assert_array_equal(train.names, database.names)
     assert len(test) == 63

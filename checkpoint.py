@@ -20,8 +20,8 @@ from tensorboard.summary.writer.event_file_writer import EventFileWriter
 from torch import Tensor
 
 import data
-from lists import ImageFiles
-from network import Backbone, MeCoQ
+from methods.mecoq import Backbone, MeCoQ
+from readers import ImageFiles
 from results import NEUTRAL, Files, other_flags, write_tensors
 from utils import LOG, InputError, Patience, Stopped, load_tensors
 

@@ -11,14 +11,14 @@ from functools import partial
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
-from torchvision import transforms
+from torchvision import transforms as T
 
 import data
 import loss
 import retrieval
-import views
-from lists import ImageFiles
-from network import Backbone, MeCoQ
+import transforms
+from methods.mecoq import Backbone, MeCoQ
+from readers import ImageFiles
 
 
 def strip(backbone: Backbone) -> torch.nn.Module:
@@ -29,13 +29,13 @@ def strip(backbone: Backbone) -> torch.nn.Module:
 
 def train_loader(splits: data.Splits, args: Namespace) -> DataLoader:
     """Both views `[2, N, 3, S, S]` of the training images, made by Pillow in workers."""
-    transform = views.view_transform(args.image_size, splits.mirrored)
+    transform = transforms.view_transform(args.image_size, splits.mirrored)
     dataset = _Images(splits.train, lambda picture: torch.stack([transform(picture), transform(picture)]))
     return DataLoader(dataset, args.batch_size, shuffle=True, num_workers=data.worker_count(args.num_workers))
 
 
 class _Images(Dataset):
-    def __init__(self, images: data.Images | ImageFiles, transform: transforms.Compose) -> None:
+    def __init__(self, images: data.Images | ImageFiles, transform: T.Compose) -> None:
         self.images, self.transform = images, transform
 
     def __len__(self) -> int:
@@ -81,11 +81,11 @@ def encode(model: MeCoQ, net: torch.nn.Module, images: data.Images | ImageFiles,
     net.eval()
     S = args.image_size
     square = [
-        transforms.Resize((S, S)),
-        transforms.ToTensor(),
-        transforms.Normalize(views.IMAGENET_MEAN, views.IMAGENET_STD),
+        T.Resize((S, S)),
+        T.ToTensor(),
+        T.Normalize(transforms.IMAGENET_MEAN, transforms.IMAGENET_STD),
     ]
-    transform = data.photo_transform(S) if isinstance(images, ImageFiles) else transforms.Compose(square)
+    transform = data.photo_transform(S) if isinstance(images, ImageFiles) else T.Compose(square)
     workers = data.worker_count(args.num_workers)
     loader = DataLoader(_Images(images, transform), args.batch_size, num_workers=workers)
     return torch.cat([model.projection(net(batch.to(args.device))) for batch in loader])

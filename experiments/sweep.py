@@ -15,12 +15,13 @@ from torch import Tensor
 import data
 import engine
 import main as program
-import published
-from bank import BankedViews, KnownFeatures, build_bank, can_bank
-from features import test_features
-from published import pd
+from checkpoint import MOVABLE, fingerprint, read_state
+from experiments import published
+from experiments.callbacks import Look, Watched
+from experiments.published import pd
+from experiments.view_cache import BankedViews, KnownFeatures, build_bank, can_bank
+from feature_cache import test_features
 from results import Files
-from resume import MOVABLE, fingerprint, read_state
 from utils import (
     LOG,
     InputError,
@@ -34,7 +35,6 @@ from utils import (
     seed_everything,
     write_json,
 )
-from watch import Look, Watched
 
 # what the paper's tables call a data set -> flags where it has no script
 DATASETS = {long: [] for _, long in published.NAMES.values()} | {"Digits": ["--dataset", "Digits"]}

@@ -11,12 +11,10 @@ from conftest import FROZEN, ROOT
 from PIL import Image
 from test_scripts import call, load, refused
 
-import cells
 import engine
 import loss
 import main
-import published
-import shallow
+from experiments import baselines, published, sweep
 from utils import InputError, RunError, run_script
 
 FLAGS = [*FROZEN[:-2], "--limit", "300", "--epoch_num", "2", "--queue_begin_epoch", "1", "--queue_size", "48",
@@ -54,7 +52,7 @@ def interrupted(monkeypatch, owner, name, call_number):
 
 def test_table2_holds_the_trainings_and_their_mean_drops(place, capsys):
     flags, folder = place
-    assert call("tables/table2", *flags) == 0
+    assert call("table2", *flags) == 0
     assert "w/o delaying memory" in capsys.readouterr().out
     frame = pd.read_csv(folder / "results" / "table2.csv")
     assert len(frame) == 14
@@ -82,7 +80,7 @@ def test_table2_holds_the_trainings_and_their_mean_drops(place, capsys):
 
 def test_a_cell_is_the_run_that_main_makes_of_its_flags(place, weights, tmp_path):
     flags, folder = place
-    assert call("tables/table2", *flags) == 0
+    assert call("table2", *flags) == 0
     cell = of(folder, seed=2, memory="feature")[0]
     own = ["--dataset", "Digits", "--M", "2", "--seed", "2", "--memory", "feature", "--weights", weights]
     argv = ["--output", str(tmp_path), "--notes", "a", "--feature_cache", "off", *FLAGS, *own]
@@ -95,31 +93,31 @@ def test_a_cell_is_the_run_that_main_makes_of_its_flags(place, weights, tmp_path
 
 def test_table1_has_our_row_and_the_shallow_ones(place, monkeypatch, capsys):
     flags, folder = place
-    monkeypatch.setattr(shallow, "METHODS", ("LSH", "PQ"))  # OPQ takes long on as many dimensions
-    assert call("tables/table1", *flags) == 0
+    monkeypatch.setattr(baselines, "METHODS", ("LSH", "PQ"))  # OPQ takes long on as many dimensions
+    assert call("table1", *flags) == 0
     frame = pd.read_csv(folder / "results" / "table1.csv")
     assert list(frame["method"].unique()) == ["LSH", "PQ", "exact search on the features", "MeCoQ (Ours)"]
     full = of(folder, seed=1, memory="soft", queue_begin_epoch=1, hp_gamma=0.5, pos_prior=0.1, watch=None)
     ours = frame[(frame["method"] == "MeCoQ (Ours)") & (frame["seed"] == 1)]
     assert ours["map"].item() == pytest.approx(100 * full[0]["map"], abs=1e-3)
     times = {path: path.stat().st_mtime_ns for path in (folder / "cells").glob("*.json")}
-    assert call("tables/table1", *flags) == 0
+    assert call("table1", *flags) == 0
     assert times == {path: path.stat().st_mtime_ns for path in times}
     capsys.readouterr()
-    assert "PQ and OPQ need 256 training images" in refused(capsys, "tables/table1", *flags, "--limit", "60")
+    assert "PQ and OPQ need 256 training images" in refused(capsys, "table1", *flags, "--limit", "60")
 
 
 def test_nothing_is_trained_twice(place, monkeypatch):
     flags, folder = place
-    assert call("tables/table2", *flags) == 0
+    assert call("table2", *flags) == 0
     trained = []
-    monkeypatch.setattr(cells, "train", lambda args, *_: trained.append(vars(args)) or {"map": 0.5, "history": []})
-    monkeypatch.setattr(shallow, "METHODS", ())
-    for script in ("tables/table2", "tables/table1"):
+    monkeypatch.setattr(sweep, "train", lambda args, *_: trained.append(vars(args)) or {"map": 0.5, "history": []})
+    monkeypatch.setattr(baselines, "METHODS", ())
+    for script in ("table2", "table1"):
         assert call(script, *flags) == 0
     assert not trained  # MeCoQ of Table 1 is the full method of Table 2
     assert (
-        call("figures/figure4", *flags, "--priors", "0.1", "--sizes", "0", "48", "96", f"--cells={folder / 'x'}") == 0
+        call("figure4", *flags, "--priors", "0.1", "--sizes", "0", "48", "96", f"--cells={folder / 'x'}") == 0
     )
     assert len(trained) == 2 * 3  # rho+ of 0.1 and a memory of 48 are the same
 
@@ -127,10 +125,10 @@ def test_nothing_is_trained_twice(place, monkeypatch):
 def test_a_banked_cell_goes_on_within_an_epoch(place, tmp_path, monkeypatch):
     flags, _ = place
     there = [*flags, "--seeds", "1", "--layers", "0", "--save_interval", "4", f"--results={tmp_path}"]
-    assert call("tables/layers", *there, f"--cells={tmp_path}/a") == 0
+    assert call("layers", *there, f"--cells={tmp_path}/a") == 0
     calls = interrupted(monkeypatch, loss, "contrastive_loss", 13 + 6)  # an epoch has 13 steps
-    assert call("tables/layers", *there, f"--cells={tmp_path}/b") == 130
-    assert call("tables/layers", *there, f"--cells={tmp_path}/b") == 0
+    assert call("layers", *there, f"--cells={tmp_path}/b") == 130
+    assert call("layers", *there, f"--cells={tmp_path}/b") == 0
     assert len(calls) == 13 + 6 + 13 - 4
     ended = [json.loads(next((tmp_path / name).glob("*.json")).read_text()) for name in "ab"]
     assert ended[0]["history"] == ended[1]["history"]
@@ -138,31 +136,31 @@ def test_a_banked_cell_goes_on_within_an_epoch(place, tmp_path, monkeypatch):
 
 def test_a_training_that_fails_leaves_its_place_empty(place, tmp_path, monkeypatch, caplog):
     flags, _ = place
-    real = cells.train
+    real = sweep.train
 
     def diverging(args, *others):
         if args.hp_gamma == 0:
             raise RunError("epoch 1, step 2: the loss became nan") from RunError("the loss became nan")
         return real(args, *others)
 
-    monkeypatch.setattr(cells, "train", diverging)
-    for script in ("tables/table2", "figures/figure2"):
+    monkeypatch.setattr(sweep, "train", diverging)
+    for script in ("table2", "figure2"):
         assert call(script, *flags, "--seeds", "1", f"--cells={tmp_path}", f"--results={tmp_path}") == 0
     assert "the loss became nan" in caplog.text
     frame = pd.read_csv(tmp_path / "table2.csv").set_index("method")["map"]
     assert frame.isna().sum() == 1
     assert np.isnan(frame["w/o codeword diversity"])
-    monkeypatch.setattr(cells, "train", lambda *_: (_ for _ in ()).throw(RunError("no space left on device")))
-    assert call("tables/table2", *flags, "--seeds", "2", f"--cells={tmp_path}", f"--results={tmp_path}") == 1
+    monkeypatch.setattr(sweep, "train", lambda *_: (_ for _ in ()).throw(RunError("no space left on device")))
+    assert call("table2", *flags, "--seeds", "2", f"--cells={tmp_path}", f"--results={tmp_path}") == 1
 
 
 def test_a_stopped_table_goes_on(place, tmp_path, monkeypatch):
     flags, _ = place
-    count = interrupted(monkeypatch, cells, "train", 4)
+    count = interrupted(monkeypatch, sweep, "train", 4)
     there = [*flags, f"--cells={tmp_path}"]
-    assert call("tables/table2", *there) == 130
+    assert call("table2", *there) == 130
     assert len(list(tmp_path.glob("*.json"))) == 3
-    assert call("tables/table2", *there) == 0
+    assert call("table2", *there) == 0
     assert len(count) == 4 + 11
 
 
@@ -173,11 +171,11 @@ def test_a_training_of_the_backbone_goes_on_where_it_was_stopped(tmp_path, monke
              "--queue_begin_epoch", "1", "--queue_size", "30", "--feature_cache", "off"]  # fmt: skip
     own = ["--datasets", "Digits", "--bits", "16", "--seeds", "5", f"--results={tmp_path}", "--layers", "0"]
     calls = interrupted(monkeypatch, engine, "validate", 3)
-    assert call("tables/layers", *own, *flags, f"--cells={tmp_path}/a") == 130
+    assert call("layers", *own, *flags, f"--cells={tmp_path}/a") == 130
     assert list((tmp_path / "a").glob("checkpoints/*/last.cpt"))
-    assert call("tables/layers", *own, *flags, f"--cells={tmp_path}/a") == 0
+    assert call("layers", *own, *flags, f"--cells={tmp_path}/a") == 0
     assert len(calls) < 3 + 3  # it did not begin anew
-    assert call("tables/layers", *own, *flags, f"--cells={tmp_path}/b") == 0
+    assert call("layers", *own, *flags, f"--cells={tmp_path}/b") == 0
     ended = [json.loads(next((tmp_path / name).glob("*.json")).read_text()) for name in "ab"]
     assert ended[0]["history"] == ended[1]["history"]
     argv = [*flags, "--dataset", "Digits", "--M", "2", "--seed", "5", "--output", str(tmp_path), "--notes", "run"]
@@ -188,7 +186,7 @@ def test_a_training_of_the_backbone_goes_on_where_it_was_stopped(tmp_path, monke
 
 def test_table3_counts_negatives_and_costs(place, capsys):
     flags, folder = place
-    table3 = load("tables/table3")
+    table3 = load("table3")
     expected = [[128, 0, 254], [256, 0, 510], [128, 128, 382], [128, 384, 638], [128, 896, 1150]]
     assert [[*size, table3.negatives(*size)] for size in table3.SIZES] == expected
     table3.SIZES = table3.SIZES[:2]
@@ -204,7 +202,7 @@ def test_table3_counts_negatives_and_costs(place, capsys):
 def test_figures_have_their_curves_and_pictures(place):
     flags, folder = place
     for script in ("figure2", "figure3", "figure4"):
-        assert call(f"figures/{script}", *flags) == 0
+        assert call(script, *flags) == 0
         with Image.open(folder / "results" / f"{script}.png") as image:
             image.load()
             assert image.width > 600
@@ -227,7 +225,7 @@ def test_figures_have_their_curves_and_pictures(place):
 
 def test_conditions_compare_four_variants(place, capsys):
     flags, folder = place
-    assert call("tables/conditions", *flags, "--settings", "as published", "lr 0.1") == 0
+    assert call("conditions", *flags, "--settings", "as published", "lr 0.1") == 0
     frame = pd.read_csv(folder / "results" / "conditions.csv")
     assert len(frame) == 2 * 2 * 4
     line = next(x for x in capsys.readouterr().out.splitlines() if x.startswith("| as published"))
@@ -238,8 +236,8 @@ def test_conditions_compare_four_variants(place, capsys):
 
 def test_measure_recipes_sets_one_flag_at_a_time(place):
     flags, folder = place
-    assert call("measure_recipes", *flags, "--hp_lambda", "0.2", "--seeds", "1") == 0
-    weight = load("measure_recipes").cells.parsed("CIFAR10-II", 32, ["--recipe", "release"]).hp_lambda
+    assert call("recipes", *flags, "--hp_lambda", "0.2", "--seeds", "1") == 0
+    weight = load("recipes").cells.parsed("CIFAR10-II", 32, ["--recipe", "release"]).hp_lambda
     assert weight == 0.1
     frame = pd.read_csv(folder / "results" / "measure_recipes.csv")
     assert len(frame) == 9
@@ -255,18 +253,18 @@ def test_measure_recipes_sets_one_flag_at_a_time(place):
 
 
 def test_flags_are_the_published_scripts_then_the_users():
-    args = cells.options("CIFAR10-II", 64, 7, ["--trainable_layer_num", "0", "--T", "0.2"], hp_gamma=0.0)
+    args = sweep.options("CIFAR10-II", 64, 7, ["--trainable_layer_num", "0", "--T", "0.2"], hp_gamma=0.0)
     expected = {
         "dataset": "CIFAR10", "protocol": "II", "M": 8, "feat_dim": 96, "hp_beta": 0.01, "pos_prior": 0.1, "T": 0.2,
         "seed": 7, "queue_begin_epoch": 15, "trainable_layer_num": 0, "hp_lambda": 0.0, "hp_gamma": 0.0, "topK": 1000,
     }  # fmt: skip
     assert {flag: getattr(args, flag) for flag in expected} == expected
-    assert cells.options("CIFAR10-II", 64, 7, ["--recipe", "release"]).hp_lambda == 0.05
+    assert sweep.options("CIFAR10-II", 64, 7, ["--recipe", "release"]).hp_lambda == 0.05
     for flags in (["--hp_lambda", "0.3"], ["--hp_lambda=0.3"]):
-        assert cells.options("CIFAR10-II", 64, 7, flags).hp_lambda == 0.3
-    told = cells.departures("CIFAR10-II", 64, ["--trainable_layer_num", "0", "--T", "0.35", "--num_workers", "3"])
+        assert sweep.options("CIFAR10-II", 64, 7, flags).hp_lambda == 0.3
+    told = sweep.departures("CIFAR10-II", 64, ["--trainable_layer_num", "0", "--T", "0.35", "--num_workers", "3"])
     assert told == "trainable_layer_num=0"  # the script's T, and what makes no difference, are not told
-    assert cells.options("NUSWIDE", 16, 7, [], memory="none").queue_begin_epoch == -1
+    assert sweep.options("NUSWIDE", 16, 7, [], memory="none").queue_begin_epoch == -1
 
 
 @pytest.mark.parametrize(
@@ -288,18 +286,18 @@ def test_flags_are_the_published_scripts_then_the_users():
     ],
 )
 def test_wrong_flags_end_in_one_line(flags, words, place, capsys):
-    for script in ("tables/table1", "tables/table2", "figures/figure2"):
+    for script in ("table1", "table2", "figure2"):
         assert words in refused(capsys, script, *place[0], *flags)
 
 
 def test_a_damaged_cell_is_named(tmp_path):
-    cells.kept(tmp_path, {"a": 1}, lambda: {"map": 0.5})
+    sweep.kept(tmp_path, {"a": 1}, lambda: {"map": 0.5})
     (path,) = tmp_path.glob("*.json")
-    assert cells.kept(tmp_path, {"a": 1}, lambda: {"map": 0.7})["map"] == 0.5
+    assert sweep.kept(tmp_path, {"a": 1}, lambda: {"map": 0.7})["map"] == 0.5
     for content in ("{", "{}", "[1]", '{"map": 1, "config": {"a": 2}}', "[" * 10**5):
         path.write_text(content)
         with pytest.raises(InputError, match=f"{path.name} is damaged"):
-            cells.kept(tmp_path, {"a": 1}, lambda: {"map": 0.7})
+            sweep.kept(tmp_path, {"a": 1}, lambda: {"map": 0.7})
 
 
 def test_compare_published_reads_the_tables(tmp_path, capsys):
@@ -334,17 +332,17 @@ def test_published_numbers_are_found():
     assert published.map_of("paper_table2_ablation_map", "w/o code memory", "NUSWIDE", 64) == 81.43
     assert published.map_of("paper_table1_map", "UTH", "Flickr25K", 16) is None
     assert published.map_of("paper_table1_map", "no such", "Flickr25K", 16) is None
-    assert load("tables/table3").published_map("batch 256, memory 0", "CIFAR10-I", 32) == 68.66
+    assert load("table3").published_map("batch 256, memory 0", "CIFAR10-I", 32) == 68.66
 
 
 def test_two_processes_share_the_work(tmp_path):
     """The second waits for the cell that the first is at, and takes it."""
     program = (
-        "import sys, time, json; from pathlib import Path; import cells\n"
+        "import sys, time, json; from pathlib import Path; from experiments import sweep as cells\n"
         "folder = Path(sys.argv[1])\n"
         "def compute():\n"
         "    (folder / f'began-{sys.argv[2]}').touch(); time.sleep(1); return {'by': sys.argv[2]}\n"
-        "print(cells.kept(folder, {'a': 1}, compute)['by'])"
+        "print(sweep.kept(folder, {'a': 1}, compute)['by'])"
     )
     started = [
         subprocess.Popen([sys.executable, "-c", program, tmp_path, str(i)], cwd=ROOT, stdout=subprocess.PIPE, text=True)

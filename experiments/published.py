@@ -12,7 +12,7 @@ except ImportError:
 
 from utils import InputError
 
-FOLDER = Path(__file__).resolve().parent / "docs" / "published"
+FOLDER = Path(__file__).resolve().parents[1] / "docs" / "published"
 BITS = (16, 32, 64)
 # data set and protocol -> what the scripts call it, what the paper's tables call it
 NAMES = {

@@ -2,7 +2,7 @@
 """What is each difference between the paper and the released code worth? MAP of both recipes, and of the paper's with
 one flag after the other set as the release has it.
 
-python scripts/measure_recipes.py --datasets CIFAR10-II --bits 32 --seeds 2021 2022 2023 FLAGS
+python -m experiments.recipes --datasets CIFAR10-II --bits 32 --seeds 2021 2022 2023 FLAGS
 
 FLAGS are main.py's; --hp_lambda is the entropy term's weight where it is on (default: the published script's). What is
 done is not done again. Writes measure_recipes.csv, a row each training, and measure_recipes.md.
@@ -10,11 +10,9 @@ done is not done again. Writes measure_recipes.csv, a row each training, and mea
 
 import sys
 from argparse import Namespace
-from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-import cells
 import main as program
+from experiments import sweep
 from utils import InputError, run_script
 
 # of no effect where the head alone is trained
@@ -32,7 +30,7 @@ def settings(weight: float) -> dict[str, dict[str, object]]:
 
 
 def main(argv: list[str] | None = None) -> None:
-    own, flags = cells.parse(cells.build_parser(__doc__, bits=[32]), argv)
+    own, flags = sweep.parse(sweep.build_parser(__doc__, bits=[32]), argv)
     given = program.build_parser().parse_args(flags)
     fixed = [flag for flag in program.DIFFERENCES if flag != "hp_lambda" and getattr(given, flag) is not None]
     if fixed or given.recipe != "paper":
@@ -42,15 +40,15 @@ def main(argv: list[str] | None = None) -> None:
         for bits in own.bits:
             weight = given.hp_lambda
             if weight is None:
-                weight = cells.parsed(dataset, bits, [*flags, "--recipe", "release"]).hp_lambda
+                weight = sweep.parsed(dataset, bits, [*flags, "--recipe", "release"]).hp_lambda
             if weight == 0:
                 raise InputError("--hp_lambda must be more than 0 here")
             one = Namespace(datasets=[dataset], bits=[bits], seeds=own.seeds)
-            plan += cells.plan(one, flags, settings(weight))
-    frame = cells.run_cells(plan, own)
-    cells.write_csv(own.results / "measure_recipes.csv", frame.drop(columns="result"))
-    parts = [part for name in own.datasets for part in (cells.heading(frame, name), cells.drops(frame, name))]
-    cells.write_markdown(own.results / "measure_recipes.md", *parts)
+            plan += sweep.plan(one, flags, settings(weight))
+    frame = sweep.run_cells(plan, own)
+    sweep.write_csv(own.results / "measure_recipes.csv", frame.drop(columns="result"))
+    parts = [part for name in own.datasets for part in (sweep.heading(frame, name), sweep.drops(frame, name))]
+    sweep.write_markdown(own.results / "measure_recipes.md", *parts)
 
 
 if __name__ == "__main__":

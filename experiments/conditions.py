@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """When do the diversity term and the memory matter? The full method, and without either, in one setting after another.
 
-python scripts/tables/conditions.py --datasets CIFAR10-II --bits 32 --seeds 2021 2022 2023 FLAGS
+python -m experiments.conditions --datasets CIFAR10-II --bits 32 --seeds 2021 2022 2023 FLAGS
 
 FLAGS are main.py's; a setting's own flags win. Writes conditions.csv, a row each training, and conditions.md: MAP with
 and without the term and the memory, and what became of the codebooks: Omega, its mean in the last epoch, and the share
@@ -9,12 +9,10 @@ of codewords that code any training image before it.
 """
 
 import sys
-from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-import cells
+from experiments import sweep
+from experiments.callbacks import CodebookWatch
 from utils import run_script
-from watch import CodebookWatch
 
 # setting -> the flags that differ from the published script's
 SETTINGS: dict[str, dict[str, object]] = {
@@ -53,7 +51,7 @@ VARIANTS = {
 }
 
 
-def summary(frame: "cells.pd.DataFrame") -> "cells.pd.DataFrame":
+def summary(frame: "sweep.pd.DataFrame") -> "sweep.pd.DataFrame":
     """A row each setting: MAP of the four variants; what the memory adds, and the term with memory and without; Omega
     and the codewords in use at the end, with the term and without it."""
     rows = []
@@ -69,35 +67,35 @@ def summary(frame: "cells.pd.DataFrame") -> "cells.pd.DataFrame":
         rows.append(
             {"setting": setting, "seeds": len(seeds)}
             | {name: seeds[name].mean() for name in VARIANTS}
-            | {name: cells.spread(gain) for name, gain in gains.items()}
+            | {name: sweep.spread(gain) for name, gain in gains.items()}
             | {"Omega, with / w/o": " / ".join(omega), "used, with / w/o": " / ".join(used)}
         )
-    return cells.pd.DataFrame(rows)
+    return sweep.pd.DataFrame(rows)
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = cells.build_parser(__doc__, bits=[32])
+    parser = sweep.build_parser(__doc__, bits=[32])
     parser.add_argument("--settings", nargs="+", choices=list(SETTINGS), default=list(SETTINGS), metavar="SETTING",
                         help=f"some of {', '.join(SETTINGS)} (default: all)")  # fmt: skip
-    own, flags = cells.parse(parser, argv)
+    own, flags = sweep.parse(parser, argv)
     variants = {
         (setting, variant): SETTINGS[setting] | change
         for setting in own.settings
         for variant, change in VARIANTS.items()
     }
-    frame = cells.run_cells(cells.plan(own, flags, variants), own, CodebookWatch)
+    frame = sweep.run_cells(sweep.plan(own, flags, variants), own, CodebookWatch)
     frame[["setting", "variant"]] = frame["method"].tolist()
     last = [(result["history"] or [{}])[-1] | (result["rows"] or [{}])[-1] for result in frame["result"]]
     frame["omega"] = [values.get("loss/codeword_reg_loss") for values in last]
     for name in ("used", "perplexity", "hard_error"):
         frame[name] = [values.get(name) for values in last]
-    cells.write_csv(own.results / "conditions.csv", frame.drop(columns=["result", "method"]))
+    sweep.write_csv(own.results / "conditions.csv", frame.drop(columns=["result", "method"]))
     parts = [
         part
         for (dataset, bits), rows in frame.groupby(["dataset", "bits"], sort=False)
-        for part in (f"{cells.heading(rows, dataset)}; {bits} bits", summary(rows))
+        for part in (f"{sweep.heading(rows, dataset)}; {bits} bits", summary(rows))
     ]
-    cells.write_markdown(own.results / "conditions.md", *parts)
+    sweep.write_markdown(own.results / "conditions.md", *parts)
 
 
 if __name__ == "__main__":

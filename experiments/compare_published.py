@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Sets our MAP beside the paper's (Table 1) and beside the authors' public runs on three GPUs.
 
-python scripts/compare_published.py [--output DIR ...] [--logs FILE ...] [--tables FILE ...]
+python -m experiments.compare_published [--output DIR ...] [--logs FILE ...] [--tables FILE ...]
 
 Reads checkpoints/*/metrics.json below each --output folder, and log files: the authors' or ours, told by their names
 (CifarII32bits.log). Runs of one experiment and setting, that is of the same flags but for seed and machine, are
@@ -13,10 +13,9 @@ import re
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-import published
+from experiments import published
+from experiments.published import NAMES, pd, script_flags
 from main import build_parser, resolve
-from published import NAMES, pd, script_flags
 from results import NEUTRAL, read_metrics
 from utils import InputError, Parser, atomic_write, check_writable, one_line, run_script
 

@@ -13,10 +13,10 @@ from conftest import ROOT, written_below
 from test_engine import LIVELY, SMALL, args_of, model_of, small_run
 from test_scripts import call, refused
 
+import checkpoint
 import data
 import engine
 import main
-import resume
 import utils
 from results import Events, Files, write_tensors
 from utils import InputError, Stopped
@@ -66,7 +66,7 @@ def test_a_restored_training_is_the_same_in_every_part(kind, tmp_path):
     torch.manual_seed(6)
     first.save()
     drawn = torch.rand(3)
-    second.restore(resume.read_state(tmp_path / "last.cpt", args))
+    second.restore(checkpoint.read_state(tmp_path / "last.cpt", args))
     assert torch.equal(torch.rand(3), drawn)
     for a, b in zip(first.model.state_dict().values(), second.model.state_dict().values(), strict=True):
         assert torch.equal(a, b)
@@ -84,7 +84,7 @@ def test_frozen_weights_are_not_saved_again():
     args = args_of(
         "--backbone", "squeezenet1_0", "--weights", "random", "--image_size", "32", "--trainable_layer_num", "1"
     )
-    names = resume.changing(model_of(args))
+    names = checkpoint.changing(model_of(args))
     assert {name for name in names if name.startswith("backbone.")} == {
         f"backbone.net.features.12.{part}.{kind}"
         for part in ("squeeze", "expand1x1", "expand3x3")
@@ -226,7 +226,7 @@ def test_two_processes_do_not_share_a_run(tmp_path, capsys):
 
 
 def test_signals_wait_while_they_are_deferred():
-    with resume.Signals() as signals:
+    with checkpoint.Signals() as signals:
         with pytest.raises(Stopped) as stopped:
             signal.raise_signal(signal.SIGTERM)
         assert stopped.value.number == signal.SIGTERM
@@ -236,11 +236,11 @@ def test_signals_wait_while_they_are_deferred():
             with pytest.raises(Stopped, match="SIGTERM"):
                 signal.raise_signal(signal.SIGTERM)  # the second does not wait
             signals.check()
-    with resume.Signals() as signals:
+    with checkpoint.Signals() as signals:
         with pytest.raises(Stopped), signals.deferred():
             signal.raise_signal(signal.SIGINT)  # said when the deferral ends, at the latest
         assert not signals.deferring
-    with resume.Signals() as signals:
+    with checkpoint.Signals() as signals:
         signal.raise_signal(signal.SIGUSR1)
         assert signals.waiting
         signals.check()
@@ -269,7 +269,7 @@ def test_a_signal_while_validating_saves_the_epoch(tmp_path, monkeypatch):
 
 
 def test_a_signal_at_the_end_of_an_epoch_saves_it_even_where_that_is_dear(tmp_path, monkeypatch):
-    monkeypatch.setattr(resume, "SHARE", 0)
+    monkeypatch.setattr(checkpoint, "SHARE", 0)
     original = engine.LOG.info
 
     def info(line, *values):
@@ -296,9 +296,11 @@ class Changing(io.BytesIO):
 def test_states_are_saved_as_often_as_time_allows(tmp_path, monkeypatch):
     args = args_of()
     training = engine.start(model_of(args), [0] * 7, args, tmp_path / "last.cpt", "data")
-    monkeypatch.setattr(resume, "write_tensors", lambda state, path: (clock.append(clock[-1] + 1), saved.append(state)))
+    monkeypatch.setattr(
+        checkpoint, "write_tensors", lambda state, path: (clock.append(clock[-1] + 1), saved.append(state))
+    )
     clock, saved = [training.began], []
-    monkeypatch.setattr(resume.time, "perf_counter", lambda: clock[-1])
+    monkeypatch.setattr(checkpoint.time, "perf_counter", lambda: clock[-1])
     for _ in range(200):
         clock.append(clock[-1] + 1)
         training.save(if_cheap=True)
@@ -385,4 +387,4 @@ def test_inspect_checkpoint(tmp_path, capsys, monkeypatch):
     assert "stands in epoch 0 of 2, 6 steps of it done; not validated yet" in output
     assert "has not finished" in output
     with pytest.raises(InputError):
-        resume.load_state(ROOT / "README.md")
+        checkpoint.load_state(ROOT / "README.md")

@@ -6,10 +6,9 @@ import torch
 from conftest import FROZEN
 from test_engine import SMALL
 
-import cells
 import main
-import watch
-from network import CodebookAttention
+from experiments import callbacks, sweep
+from methods.mecoq import CodebookAttention
 
 
 def nearest(codewords, segment):
@@ -18,17 +17,17 @@ def nearest(codewords, segment):
 
 def test_codewords_in_use_are_counted():
     codes = torch.tensor([[0, 1], [0, 1], [2, 1], [3, 1]])
-    used, perplexity = watch.used_codewords(codes, 4)
+    used, perplexity = callbacks.used_codewords(codes, 4)
     assert used == pytest.approx((3 / 4 + 1 / 4) / 2)
     entropies = -(0.5 * np.log(0.5) + 2 * 0.25 * np.log(0.25)), 0.0
     assert perplexity == pytest.approx(np.mean([np.exp(e) / 4 for e in entropies]))
-    assert watch.used_codewords(torch.arange(4)[:, None], 4) == (1.0, pytest.approx(1.0))
+    assert callbacks.used_codewords(torch.arange(4)[:, None], 4) == (1.0, pytest.approx(1.0))
 
 
 def test_reconstructions_and_distances():
     quantizer = CodebookAttention(2, 5, 6, 10.0)
     z = torch.randn(7, 6)
-    made = watch.quantized(quantizer, z)
+    made = callbacks.quantized(quantizer, z)
     codewords = torch.nn.functional.normalize(quantizer.codebooks.double(), dim=-1).detach().numpy()
     total = 0.0
     for i in range(7):
@@ -41,7 +40,7 @@ def test_reconstructions_and_distances():
             for kind, expected in (("embedding", segment), ("soft", soft), ("hard", hard)):
                 np.testing.assert_allclose(made[kind][i, m].detach().numpy(), expected, atol=1e-5)
             total += ((segment - hard) ** 2).sum() / 14
-    assert watch.distance(made["embedding"], made["hard"]) == pytest.approx(total, rel=1e-5)
+    assert callbacks.distance(made["embedding"], made["hard"]) == pytest.approx(total, rel=1e-5)
 
 
 @pytest.fixture(scope="module")
@@ -50,17 +49,17 @@ def trained(weights, tmp_path_factory):
     folder = tmp_path_factory.mktemp("watch")
     args = main.resolve(main.build_parser().parse_args([*SMALL, *FROZEN, "--weights", weights]))
     del args.resume, args.overwrite
-    ground = cells.Ground(args, folder / "bank")
+    ground = sweep.Ground(args, folder / "bank")
     snapshots = []
 
     def both(model, epoch, step, views):
         for look in looks:
             look(model, epoch, step, views)
         z = model.embed(ground.images(1000))
-        snapshots.append({kind: x.clone() for kind, x in watch.quantized(model.quantizer, z).items()})
+        snapshots.append({kind: x.clone() for kind, x in callbacks.quantized(model.quantizer, z).items()})
 
-    looks = [kind(ground.images(kind.IMAGES), args) for kind in (watch.CodebookWatch, watch.DriftWatch)]
-    watched, plain = (cells.train(args, ground, folder, look) for look in (both, None))
+    looks = [kind(ground.images(kind.IMAGES), args) for kind in (callbacks.CodebookWatch, callbacks.DriftWatch)]
+    watched, plain = (sweep.train(args, ground, folder, look) for look in (both, None))
     return watched, plain, looks, snapshots
 
 
@@ -82,9 +81,9 @@ def test_the_vanilla_loss_is_that_of_a_training_without_debiasing_and_memory(wei
     flags = [*SMALL, *FROZEN, "--weights", weights, "--mode", "simple", "--queue_begin_epoch", "-1"]
     args = main.resolve(main.build_parser().parse_args(flags))
     del args.resume, args.overwrite
-    ground = cells.Ground(args, tmp_path / "bank")
-    look = watch.CodebookWatch(ground.images(10), args)
-    history = cells.train(args, ground, tmp_path, look)["history"]
+    ground = sweep.Ground(args, tmp_path / "bank")
+    look = callbacks.CodebookWatch(ground.images(10), args)
+    history = sweep.train(args, ground, tmp_path, look)["history"]
     for row, entry in zip(look.rows, history, strict=True):
         assert row["vanilla_loss"] == pytest.approx(entry["loss/simclr_loss"], rel=1e-5)
 

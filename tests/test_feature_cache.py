@@ -14,9 +14,9 @@ import torch
 from test_engine import SMALL, args_of, small_run
 
 import data
-import features
+import feature_cache
 import main
-from network import build_backbone
+from methods.mecoq import build_backbone
 from utils import InputError
 
 FROZEN = [
@@ -55,7 +55,7 @@ def frozen_args(weights, *flags):
 def known(args):
     splits, model = main.build(args)
     model.eval()
-    sources = features.test_features(model.backbone, splits, args)
+    sources = feature_cache.test_features(model.backbone, splits, args)
     return {name: torch.cat([batch.float() for batch in source]) for name, source in sources.items()}
 
 
@@ -122,7 +122,7 @@ def test_numbers_beyond_half_precision_are_cut_off(weights):
     splits, model = main.build(args)
     model.eval()
     model.backbone.net.features[12].expand3x3.weight.data *= 1e9
-    for batch in features.Computed(model.backbone, splits.query, args):
+    for batch in feature_cache.Computed(model.backbone, splits.query, args):
         assert batch.isfinite().all()
         assert batch.max() == torch.finfo(torch.float16).max
 
@@ -180,9 +180,9 @@ def test_each_thing_that_values_depend_on_makes_another_cache(change, weights, t
     elif change == "versions":
         monkeypatch.setattr(torch, "__version__", "9.9")
     elif change == "device":
-        monkeypatch.setattr(features, "device_name", lambda device: "another processor")
+        monkeypatch.setattr(feature_cache, "device_name", lambda device: "another processor")
     elif change == "format":
-        monkeypatch.setattr(features, "FORMAT", 0)
+        monkeypatch.setattr(feature_cache, "FORMAT", 0)
     else:
         flags += change
     args = frozen_args(weights, *flags)
@@ -213,9 +213,7 @@ def test_photos_that_changed_make_another_cache(change, photo_root, tmp_path, mo
         os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns))
     else:
         original = data.photo_transform
-        monkeypatch.setattr(
-            data, "photo_transform", lambda size: data.transforms.Compose(original(size).transforms[1:])
-        )
+        monkeypatch.setattr(data, "photo_transform", lambda size: data.T.Compose(original(size).transforms[1:]))
     before, after = folder_of(cache, frozen_args(weights, *flags, "--limit", "1000"))
     assert len(after - before) == 1
 
@@ -310,7 +308,7 @@ def test_two_processes_at_once_fill_one_cache(weights, tmp_path):
 
 
 def test_too_little_room_is_said_before_anything_is_computed(weights, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(features.shutil, "disk_usage", lambda path: main.argparse.Namespace(free=2**20))
+    monkeypatch.setattr(feature_cache.shutil, "disk_usage", lambda path: main.argparse.Namespace(free=2**20))
     flags = [*SMALL, *FROZEN, "--weights", weights, "--output", str(tmp_path), "--feature_cache", str(tmp_path / "c")]
     assert main.main(flags) == 2
     error = capsys.readouterr().err

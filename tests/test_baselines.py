@@ -8,7 +8,7 @@ from sklearn.decomposition import PCA
 from sklearn.metrics import average_precision_score
 from sklearn.metrics.pairwise import cosine_similarity
 
-import shallow
+from experiments import baselines
 from utils import InputError
 
 F, BITS = 32, (16, 32)
@@ -25,7 +25,7 @@ def made():
         name: (centres[label] + 2 * generator.normal(size=(len(label), F)) + 3).astype(np.float32)
         for name, label in labels.items()
     }
-    return shallow.prepared(features), {name: torch.from_numpy(label) for name, label in labels.items()}
+    return baselines.prepared(features), {name: torch.from_numpy(label) for name, label in labels.items()}
 
 
 def map_of_ranking(ranking, labels):
@@ -43,7 +43,7 @@ def map_of_ranking(ranking, labels):
 
 def ours(method, made, bits, topK=500):
     features, labels = made
-    return shallow.method_map(method, features, labels, bits, 3, topK)
+    return baselines.method_map(method, features, labels, bits, 3, topK)
 
 
 def test_features_are_centred_and_of_unit_length(made):
@@ -51,7 +51,7 @@ def test_features_are_centred_and_of_unit_length(made):
     for array in features.values():
         np.testing.assert_allclose(np.linalg.norm(array, axis=1), 1, atol=1e-5)
     assert np.abs(features["train"].mean(axis=0)).max() < 0.02  # before they were normalised it was 0
-    assert np.isfinite(shallow.prepared({"train": np.ones((3, 2))})["train"]).all()
+    assert np.isfinite(baselines.prepared({"train": np.ones((3, 2))})["train"]).all()
 
 
 @pytest.mark.parametrize("bits", BITS)
@@ -70,7 +70,7 @@ def test_quantizers_find_what_faiss_finds(method, bits, made):
 def test_hashes_find_what_faiss_finds(method, bits, made):
     """By a binary index, whose order among equal distances is its own: the database's order here differs from it."""
     features, labels = made
-    encode = shallow.HASHES[method][0](features["train"], bits, 3)
+    encode = baselines.HASHES[method][0](features["train"], bits, 3)
     index = faiss.IndexBinaryFlat(bits)
     if method == "ITQ":
         transform = faiss.ITQTransform(F, bits, True)
@@ -98,7 +98,7 @@ def test_exact_search_is_cosine_similarity(made):
 
 def test_codes_find_more_than_chance_and_less_than_exact_search(made):
     exact = ours("exact", made, 0)
-    for method in shallow.METHODS:
+    for method in baselines.METHODS:
         values = [ours(method, made, bits) for bits in BITS]
         assert min(values) > 0.2
         assert max(values) < exact
@@ -119,13 +119,13 @@ def test_spectral_hashing_takes_the_smoothest_eigenfunctions(bits):
             functions.append((eigenvalue, np.sin(np.pi / 2 + k * np.pi * (y[:, j] - a) / (b - a))))
     functions.sort(key=lambda pair: pair[0])
     expected = np.stack([values > 0 for _, values in functions[:bits]], axis=1)
-    assert (shallow.spectral_hashing(x, bits, 0)(x) == expected).mean() > 0.999
+    assert (baselines.spectral_hashing(x, bits, 0)(x) == expected).mean() > 0.999
 
 
 def test_spherical_hashing_balances_its_spheres(made):
     """Heo et al.: each sphere holds half of the points, every two a quarter, within 10 % on average."""
     train = made[0]["train"]
-    bits = shallow.spherical_hashing(train, 16, 0)(train)
+    bits = baselines.spherical_hashing(train, 16, 0)(train)
     np.testing.assert_allclose(bits.mean(axis=0), 0.5, atol=0.01)
     both = bits.T.astype(float) @ bits / len(bits)
     pairs = both[~np.eye(16, dtype=bool)]
@@ -138,7 +138,7 @@ def test_spherical_distance_is_the_papers():
     database, query = generator.random((50, 12)) < 0.5, generator.random((9, 12)) < 0.5
     query[0] = False
     tensors = [torch.from_numpy(2.0 * array - 1).float() for array in (database, query)]
-    scores = shallow.spherical_score(*tensors).numpy()
+    scores = baselines.spherical_score(*tensors).numpy()
     for i, a in enumerate(query):
         for j, b in enumerate(database):
             common = max(int((a & b).sum()), 0.1)
@@ -147,10 +147,10 @@ def test_spherical_distance_is_the_papers():
 
 def test_too_few_images_are_refused(made):
     with pytest.raises(InputError, match="need 256 training images, there are 255"):
-        shallow.product_quantizer(made[0]["train"][:255], 16)
+        baselines.product_quantizer(made[0]["train"][:255], 16)
 
 
 def test_opq_with_fewer_images_than_dimensions():
     train = np.random.default_rng(0).normal(size=(256, 260)).astype(np.float32)
-    rotated = shallow.rotation(train, 16)(train)
+    rotated = baselines.rotation(train, 16)(train)
     np.testing.assert_allclose(np.linalg.norm(rotated, axis=1), np.linalg.norm(train, axis=1), rtol=1e-4)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 import loss
-from network import CodebookAttention, MeCoQ
+from methods.mecoq import CodebookAttention, MeCoQ
 
 Look = Callable[[MeCoQ, int, int, Tensor], None]  # model, epoch, step of the epoch, the views of that step
 

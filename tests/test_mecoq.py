@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torchvision.models.feature_extraction import create_feature_extractor
 
 import loss
-from network import BACKBONES, CodebookAttention, CodeMemory, MeCoQ, build_backbone
+from methods.mecoq import BACKBONES, CodebookAttention, CodeMemory, MeCoQ, build_backbone
 from utils import InputError
 
 

@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Figure 2: the codeword diversity term at work. Loss and MAP; learning rate and Omega; with the term and without.
 
-python scripts/figures/figure2.py --datasets CIFAR10-II --bits 16 32 64 --seeds 2021 2022 2023 FLAGS
+python -m experiments.figure2 --datasets CIFAR10-II --bits 16 32 64 --seeds 2021 2022 2023 FLAGS
 
 FLAGS are main.py's; --eval_interval says how often MAP is measured. The loss is the vanilla contrastive loss, without
 debiasing, memory and regulariser, as in the paper's footnote. Writes figure2.csv, a row each epoch, and figure2.png.
@@ -10,16 +10,15 @@ debiasing, memory and regulariser, as in the paper's footnote. Writes figure2.cs
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-import cells
+from experiments import sweep
+from experiments.callbacks import CodebookWatch
 from utils import run_script
-from watch import CodebookWatch
 
 VARIANTS = {"with diversity term": {}, "without": {"hp_gamma": 0.0}}
 
 
-def draw(frame: "cells.pd.DataFrame", path: Path) -> None:
-    import plots
+def draw(frame: "sweep.pd.DataFrame", path: Path) -> None:
+    from experiments import plots
 
     rows = frame.groupby(["dataset", "bits"], sort=False)
     figure, grid = plots.panels(len(rows), 3)
@@ -60,10 +59,10 @@ def epochs(result: dict) -> list[dict]:
 
 
 def main(argv: list[str] | None = None) -> None:
-    own, flags = cells.parse(cells.build_parser(__doc__), argv, figure=True)
-    plan = cells.plan(own, flags, VARIANTS)
-    frame = cells.exploded(cells.run_cells(plan, own, CodebookWatch), epochs)
-    cells.write_csv(own.results / "figure2.csv", frame)
+    own, flags = sweep.parse(sweep.build_parser(__doc__), argv, figure=True)
+    plan = sweep.plan(own, flags, VARIANTS)
+    frame = sweep.exploded(sweep.run_cells(plan, own, CodebookWatch), epochs)
+    sweep.write_csv(own.results / "figure2.csv", frame)
     draw(frame, own.results / "figure2.png")
 
 

@@ -5,13 +5,13 @@ import pytest
 from PIL import Image
 
 import data
-import lists
+import readers
 from utils import InputError, RunError
 
 
 def test_flickr25k_lists_are_read_as_they_stand(photo_root):
     folder = photo_root / "data" / "Flickr25k"
-    images = lists.read_flickr25k(folder, photo_root / "datasets" / "Flickr25K" / "mirflickr")
+    images = readers.read_flickr25k(folder, photo_root / "datasets" / "Flickr25K" / "mirflickr")
     assert images.names.tolist() == [f"im{i}.jpg" for i in range(1, 126)]
     assert images.labels.dtype == np.uint8
     np.testing.assert_array_equal(images.labels, np.loadtxt(folder / "targets.txt"))
@@ -23,7 +23,7 @@ def test_flickr25k_lists_are_read_as_they_stand(photo_root):
 
 def test_nuswide_lists_are_read_as_they_stand(photo_root):
     path = photo_root / "data" / "Nuswide" / "test.txt"
-    images = lists.read_nuswide(path, photo_root)
+    images = readers.read_nuswide(path, photo_root)
     rows = [line.split() for line in path.read_text().splitlines()]
     assert images.names.tolist() == [row[0] for row in rows]
     assert images.labels.tolist() == [[int(x) for x in row[1:]] for row in rows]
@@ -32,22 +32,22 @@ def test_nuswide_lists_are_read_as_they_stand(photo_root):
 def test_a_byte_order_mark_is_no_part_of_a_name(photo_root, tmp_path):
     original = (photo_root / "data" / "Nuswide" / "test.txt").read_bytes()
     (tmp_path / "test.txt").write_bytes(b"\xef\xbb\xbf" + original)
-    assert lists.read_nuswide(tmp_path / "test.txt", tmp_path).names[0] == "sky/0000.jpg"
+    assert readers.read_nuswide(tmp_path / "test.txt", tmp_path).names[0] == "sky/0000.jpg"
 
 
 def test_large_images_are_decoded_without_a_word_and_bombs_refused(tmp_path, monkeypatch, recwarn):
     Image.new("RGB", (100, 100)).save(tmp_path / "a.jpg")
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 9000)
-    assert lists.image_fault(tmp_path / "a.jpg") == ""
+    assert readers.image_fault(tmp_path / "a.jpg") == ""
     assert not recwarn.list
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 4000)
-    assert "does not decode" in lists.image_fault(tmp_path / "a.jpg")
+    assert "does not decode" in readers.image_fault(tmp_path / "a.jpg")
 
 
 def test_windows_line_ends_and_trailing_blank_lines_are_fine(photo_root, tmp_path):
     original = (photo_root / "data" / "Nuswide" / "test.txt").read_bytes()
     (tmp_path / "test.txt").write_bytes(original.replace(b"\n", b"\r\n") + b"\r\n\r\n")
-    assert len(lists.read_nuswide(tmp_path / "test.txt", tmp_path)) == 20
+    assert len(readers.read_nuswide(tmp_path / "test.txt", tmp_path)) == 20
 
 
 ROW = " 0" * 21
@@ -77,7 +77,7 @@ def test_bad_rows_are_named_by_file_and_line(content, words, tmp_path):
     if content is not None:
         path.write_bytes(content if isinstance(content, bytes) else content.encode())
     with pytest.raises(InputError, match=words) as caught:
-        lists.read_nuswide(path, tmp_path)
+        readers.read_nuswide(path, tmp_path)
     assert str(path) in str(caught.value)
     assert "\n" not in str(caught.value)
 
@@ -87,10 +87,10 @@ def test_lists_of_different_length(photo_root, tmp_path):
     targets = (tmp_path / "targets.txt").read_text().splitlines()
     (tmp_path / "targets.txt").write_text("\n".join(targets[:-1]))
     with pytest.raises(InputError, match=r"img.txt has 125 lines but .*targets.txt 124"):
-        lists.read_flickr25k(tmp_path, tmp_path)
+        readers.read_flickr25k(tmp_path, tmp_path)
     (tmp_path / "targets.txt").write_text("\n".join([*targets[:6], targets[6][:-2], *targets[7:]]))
     with pytest.raises(InputError, match=r"targets.txt:7: 23 labels instead of 24"):
-        lists.read_flickr25k(tmp_path, tmp_path)
+        readers.read_flickr25k(tmp_path, tmp_path)
 
 
 # ---------------------------------------------------------------- images
@@ -124,7 +124,7 @@ def test_bad_images_are_found_and_only_they(damaged, workers):
     root, names = damaged
     splits = data.load_nuswide(root / "datasets", root / "data")
     everything = np.concatenate([splits.query.names, splits.database.names])
-    bad = lists.find_bad_images(splits.query.root, everything, workers)
+    bad = readers.find_bad_images(splits.query.root, everything, workers)
     assert bad.keys() == set(names.values())
     assert bad[names["missing"]] == "is missing"
     assert all(bad[names[kind]].startswith("does not decode (") for kind in ("folder", "empty", "text", "truncated"))
@@ -160,7 +160,7 @@ def test_grey_and_palette_images_become_rgb(tmp_path):
     Image.new("P", (9, 5)).save(tmp_path / "palette.png")
     Image.new("CMYK", (9, 5)).save(tmp_path / "print.jpg")
     names = np.array(["grey.jpg", "palette.png", "print.jpg"])
-    images = lists.ImageFiles(tmp_path, names, np.zeros((3, 21), np.uint8))
-    assert not lists.find_bad_images(tmp_path, names, 0)
+    images = readers.ImageFiles(tmp_path, names, np.zeros((3, 21), np.uint8))
+    assert not readers.find_bad_images(tmp_path, names, 0)
     for i in range(3):
         assert (images.picture(i).mode, images.picture(i).size) == ("RGB", (9, 5))

@@ -18,10 +18,10 @@ import torchvision
 from torch import Tensor, nn
 
 import data
-from features import device_name
-from network import Backbone
+from checkpoint import fingerprint
+from feature_cache import device_name
+from methods.mecoq import Backbone
 from results import read_array
-from resume import fingerprint
 from utils import InputError, atomic_write, check_writable, locked, progress_bar, write_json
 
 FORMAT = 1  # to be raised with every change of what the values are

@@ -2,7 +2,7 @@
 """Figure 3: why codes are remembered and not features. Feature drift (Eq. 11) of embeddings, soft and hard
 reconstructions over several intervals, and the errors of quantization.
 
-python scripts/figures/figure3.py --datasets CIFAR10-II --bits 16 32 64 --seeds 2021 2022 2023 FLAGS
+python -m experiments.figure3 --datasets CIFAR10-II --bits 16 32 64 --seeds 2021 2022 2023 FLAGS
 
 FLAGS are main.py's. All are mean squared distances of the segments of the same 1,000 training images; the embedding is
 normalised segment by segment, as the quantizer does it first. Writes figure3.csv, a row in ten steps, and figure3.png.
@@ -11,16 +11,15 @@ normalised segment by segment, as the quantizer does it first. Writes figure3.cs
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-import cells
+from experiments import sweep
+from experiments.callbacks import DriftWatch
 from utils import run_script
-from watch import DriftWatch
 
 KINDS = {"embedding": "embeddings", "soft": "soft reconstructions", "hard": "hard reconstructions"}
 
 
-def draw(frame: "cells.pd.DataFrame", path: Path) -> None:
-    import plots
+def draw(frame: "sweep.pd.DataFrame", path: Path) -> None:
+    from experiments import plots
 
     rows = frame.groupby(["dataset", "bits"], sort=False)
     figure, grid = plots.panels(len(rows), len(DriftWatch.INTERVALS) + 1)
@@ -42,10 +41,10 @@ def draw(frame: "cells.pd.DataFrame", path: Path) -> None:
 
 
 def main(argv: list[str] | None = None) -> None:
-    own, flags = cells.parse(cells.build_parser(__doc__), argv, figure=True)
-    frame = cells.run_cells(cells.plan(own, flags, {"MeCoQ (full)": {}}), own, DriftWatch)
-    frame = cells.exploded(frame, lambda result: result["rows"])
-    cells.write_csv(own.results / "figure3.csv", frame)
+    own, flags = sweep.parse(sweep.build_parser(__doc__), argv, figure=True)
+    frame = sweep.run_cells(sweep.plan(own, flags, {"MeCoQ (full)": {}}), own, DriftWatch)
+    frame = sweep.exploded(frame, lambda result: result["rows"])
+    sweep.write_csv(own.results / "figure3.csv", frame)
     draw(frame, own.results / "figure3.png")
 
 

@@ -8,14 +8,14 @@ import torch
 from PIL import Image
 from scipy import stats
 from sklearn.datasets import load_sample_images
-from torchvision import transforms
+from torchvision import transforms as T
 from torchvision.transforms import functional as TF
 
 import data
-import views
-from lists import ImageFiles
+import transforms
+from readers import ImageFiles
 
-STD = torch.tensor(views.IMAGENET_STD)[:, None, None]
+STD = torch.tensor(transforms.IMAGENET_STD)[:, None, None]
 
 
 def photo(size):
@@ -25,7 +25,7 @@ def photo(size):
 
 def drawn(n, height, width, seed=1, mirrored=True):
     generator = torch.Generator().manual_seed(seed)
-    return views.draw_views(torch.full((n,), height), torch.full((n,), width), mirrored, generator)
+    return transforms.draw_views(torch.full((n,), height), torch.full((n,), width), mirrored, generator)
 
 
 def by_pillow(pictures, numbers, size):
@@ -53,7 +53,7 @@ def levels(a, b):
 def test_views_of_tiny_images_are_pillows_with_the_same_numbers(source, size):
     pixels = np.random.default_rng(0).integers(0, 256, (60, *source, 3), dtype=np.uint8)
     numbers = drawn(60, *source)
-    ours = views.augment_small(torch.from_numpy(pixels), numbers, size)
+    ours = transforms.augment_small(torch.from_numpy(pixels), numbers, size)
     difference = (ours - by_pillow(pixels, numbers, size)).mul(STD * 255).abs()
     assert ours.shape == (60, 3, size, size)
     assert difference.mean() < 0.5  # Pillow's hues are bytes
@@ -68,7 +68,9 @@ def test_views_of_small_photos_are_pillows_within_a_level(size):
     """Colours come before the enlargement here. 150 views of a photograph at 32 x 32 pixels."""
     pixels = np.repeat(photo((32, 32))[None], 150, axis=0)
     numbers = drawn(150, 32, 32)
-    difference = levels(views.augment_small(torch.from_numpy(pixels), numbers, size), by_pillow(pixels, numbers, size))
+    difference = levels(
+        transforms.augment_small(torch.from_numpy(pixels), numbers, size), by_pillow(pixels, numbers, size)
+    )
     assert difference.mean() < 1.2
     assert difference.max() < 5
     untouched = numbers[:, 5] < 0
@@ -85,7 +87,7 @@ def test_views_of_photos_on_disk_are_pillows_within_a_level(path, tmp_path):
     for seed in range(12):
         crops, numbers = data.photo_views(images, True, 64, 0, seed)
         theirs = by_pillow([np.asarray(images.picture(0))] * 2, numbers, 64)
-        assert levels(views.augment_crops(crops, numbers), theirs).max() < (5 if path == "large.jpg" else 2)
+        assert levels(transforms.augment_crops(crops, numbers), theirs).max() < (5 if path == "large.jpg" else 2)
     args = Namespace(image_size=64, batch_size=1, num_workers=0, device="cpu", views="batched", seed=1)
     assert [len(pair) for pair in data.train_loader(data.Splits(images, images, images), args)] == [2]
 
@@ -99,8 +101,8 @@ def test_crops_of_reduced_photos_stay_inside():
     ):
         decoded = torch.full((3, (height + 1) // 2, (width + 1) // 2), 255, dtype=torch.uint8)
         row = torch.zeros(15)
-        row[views.CROP] = torch.tensor(numbers, dtype=torch.float)
-        crop = views.crop_view(decoded, row, (height, width), 300)
+        row[transforms.CROP] = torch.tensor(numbers, dtype=torch.float)
+        crop = transforms.crop_view(decoded, row, (height, width), 300)
         assert crop.shape == (3, 300, 300)
         assert crop.min() == 255
 
@@ -110,8 +112,8 @@ def test_distributions_are_pillows():
     n, size = 700, 48
     pixels = np.repeat(photo((32, 32))[None], n, axis=0)
     numbers = drawn(n, 32, 32)
-    ours = views.augment_small(torch.from_numpy(pixels), numbers, size)
-    transform = views.view_transform(size, mirrored=True)
+    ours = transforms.augment_small(torch.from_numpy(pixels), numbers, size)
+    transform = transforms.view_transform(size, mirrored=True)
     theirs = torch.stack([transform(Image.fromarray(picture)) for picture in pixels])
     looks = {
         "brightness": lambda x: x.mean(dim=(1, 2, 3)),
@@ -125,8 +127,8 @@ def test_distributions_are_pillows():
     for name, look in looks.items():
         p = stats.ks_2samp(look(ours * STD).numpy(), look(theirs * STD).numpy()).pvalue
         assert p > 0.01, name
-    numbers[:, views.ORDER] = -1  # no colour operations: it can tell
-    plain, look = views.augment_small(torch.from_numpy(pixels), numbers, size), looks["contrast"]
+    numbers[:, transforms.ORDER] = -1  # no colour operations: it can tell
+    plain, look = transforms.augment_small(torch.from_numpy(pixels), numbers, size), looks["contrast"]
     assert stats.ks_2samp(look(plain * STD).numpy(), look(theirs * STD).numpy()).pvalue < 1e-6
 
 
@@ -134,16 +136,16 @@ def test_distributions_are_pillows():
 def test_augmenting_reads_nothing_from_the_device(source):
     """See `test_a_step_reads_nothing_from_the_device`."""
     pixels = torch.empty(20, source, source, 3, dtype=torch.uint8, device="meta")
-    assert views.augment_small(pixels, drawn(20, source, source), 48).shape == (20, 3, 48, 48)
+    assert transforms.augment_small(pixels, drawn(20, source, source), 48).shape == (20, 3, 48, 48)
     crops = torch.empty(20, 3, 48, 48, dtype=torch.uint8, device="meta")
-    assert views.augment_crops(crops, drawn(20, source, source)).shape == (20, 3, 48, 48)
+    assert transforms.augment_crops(crops, drawn(20, source, source)).shape == (20, 3, 48, 48)
 
 
 @pytest.mark.parametrize(("height", "width"), [(100, 100), (32, 32), (60, 120), (90, 30)])
 def test_crops_are_torchvisions(height, width):
     """The last two are so long that the crop in the middle is common."""
-    ours = drawn(4000, height, width)[:, views.CROP].double().numpy()
-    image, crop = torch.empty(3, height, width), transforms.RandomResizedCrop.get_params
+    ours = drawn(4000, height, width)[:, transforms.CROP].double().numpy()
+    image, crop = torch.empty(3, height, width), T.RandomResizedCrop.get_params
     theirs = np.array([crop(image, [0.5, 1.0], [3 / 4, 4 / 3]) for _ in range(4000)], dtype=float)
     for column in range(4):
         assert stats.ks_2samp(ours[:, column], theirs[:, column]).pvalue > 0.001
@@ -158,29 +160,29 @@ def test_numbers_are_drawn_as_described():
     numbers = drawn(3000, 100, 100).double().numpy()
     jittered = numbers[:, 5] >= 0
     for share, expected in (
-        (numbers[:, views.FLIP].mean(), 0.5),
+        (numbers[:, transforms.FLIP].mean(), 0.5),
         (jittered.mean(), 0.7),
-        (numbers[:, views.GREYED].mean(), 0.2),
-        ((numbers[:, views.SIGMA] > 0).mean(), 0.5),
+        (numbers[:, transforms.GREYED].mean(), 0.2),
+        ((numbers[:, transforms.SIGMA] > 0).mean(), 0.5),
     ):
         assert share == pytest.approx(expected, abs=0.03)
     for column, low, high in ((9, 0.6, 1.4), (10, 0.6, 1.4), (11, 0.6, 1.4), (12, -0.1, 0.1), (14, 0.1, 2.0)):
-        values = numbers[numbers[:, views.SIGMA] > 0, 14] if column == 14 else numbers[jittered, column]
+        values = numbers[numbers[:, transforms.SIGMA] > 0, 14] if column == 14 else numbers[jittered, column]
         assert stats.kstest(values, "uniform", (low, high - low)).pvalue > 0.001
     orders = {tuple(row) for row in numbers[jittered, 5:9]}
     assert len(orders) == 24
-    assert not drawn(50, 8, 8, mirrored=False)[:, views.FLIP].any()
+    assert not drawn(50, 8, 8, mirrored=False)[:, transforms.FLIP].any()
 
 
 @pytest.mark.parametrize(("source", "size"), [((32, 32), 128), ((32, 32), 224), ((8, 8), 32), ((32, 32), 20)])
 def test_test_images_are_pillows(source, size):
     pixels = np.random.default_rng(0).integers(0, 256, (5, *source, 3), dtype=np.uint8)
-    ours = views.enlarge(torch.from_numpy(pixels), size)
-    transform = transforms.Compose(
+    ours = transforms.enlarge(torch.from_numpy(pixels), size)
+    transform = T.Compose(
         [
-            transforms.Resize((size, size)),
-            transforms.ToTensor(),
-            transforms.Normalize((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
+            T.Resize((size, size)),
+            T.ToTensor(),
+            T.Normalize((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
         ]
     )
     theirs = torch.stack([transform(Image.fromarray(image)) for image in pixels])

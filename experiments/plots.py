@@ -8,7 +8,7 @@ from matplotlib import use
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from published import pd
+from experiments.published import pd
 from utils import atomic_write
 
 use("Agg")

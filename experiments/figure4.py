@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Figure 4: how MAP depends on the positive prior rho+ and on the size of the memory.
 
-python scripts/figures/figure4.py --datasets CIFAR10-II --bits 16 32 64 --seeds 2021 2022 2023 FLAGS
+python -m experiments.figure4 --datasets CIFAR10-II --bits 16 32 64 --seeds 2021 2022 2023 FLAGS
 
 FLAGS are main.py's. A memory of 0 is none. Writes figure4.csv, a row each training, and figure4.png.
 """
@@ -9,8 +9,7 @@ FLAGS are main.py's. A memory of 0 is none. Writes figure4.csv, a row each train
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-import cells
+from experiments import sweep
 from utils import InputError, run_script
 
 NAMES = {"pos_prior": "rho+", "queue_size": "memory size"}
@@ -22,8 +21,8 @@ def variants(priors: list[float], sizes: list[int]) -> dict[str, dict]:
     return by_prior | {f"queue_size={n}": {"queue_size": n} if n else {"memory": "none"} for n in sizes}
 
 
-def draw(frame: "cells.pd.DataFrame", path: Path) -> None:
-    import plots
+def draw(frame: "sweep.pd.DataFrame", path: Path) -> None:
+    from experiments import plots
 
     datasets = list(dict.fromkeys(frame["dataset"]))
     figure, grid = plots.panels(len(datasets), len(NAMES))
@@ -37,18 +36,18 @@ def draw(frame: "cells.pd.DataFrame", path: Path) -> None:
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = cells.build_parser(__doc__)
+    parser = sweep.build_parser(__doc__)
     add = parser.add_argument
     add("--priors", type=float, nargs="+", default=[0, 0.05, 0.1, 0.15, 0.2, 0.3], help="(default: %(default)s)")
     add("--sizes", type=int, nargs="+", default=[0, 128, 256, 384, 512, 896], help="(default: %(default)s)")
-    own, flags = cells.parse(parser, argv, figure=True)
+    own, flags = sweep.parse(parser, argv, figure=True)
     if min(own.sizes) < 0 or min(own.priors) < 0:
         raise InputError("--priors and --sizes must not be negative")
-    frame = cells.run_cells(cells.plan(own, flags, variants(own.priors, own.sizes)), own)
+    frame = sweep.run_cells(sweep.plan(own, flags, variants(own.priors, own.sizes)), own)
     frame[["flag", "value"]] = [point.split("=") for point in frame["method"]]
     frame["value"] = frame["value"].astype(float)
     frame = frame.drop(columns=["result", "method"])
-    cells.write_csv(own.results / "figure4.csv", frame)
+    sweep.write_csv(own.results / "figure4.csv", frame)
     draw(frame, own.results / "figure4.png")
 
 

@@ -1,17 +1,15 @@
 #!/usr/bin/env python3
 """What do trained backbone layers add? MAP with none, the last one and the last two of the backbone's blocks trained.
 
-python scripts/tables/layers.py --datasets CIFAR10-II --bits 32 --seeds 2021 2022 --scalings 0.1 --epoch_num 16 FLAGS
+python -m experiments.layers --datasets CIFAR10-II --bits 32 --seeds 2021 2022 --scalings 0.1 --epoch_num 16 FLAGS
 
 FLAGS are main.py's. Writes layers.csv, a row each training, and layers.md, and skips what is done; a training that was
 interrupted goes on at the last epoch that was saved.
 """
 
 import sys
-from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-import cells
+from experiments import sweep
 from utils import InputError, run_script
 
 
@@ -26,19 +24,19 @@ def variants(layers: list[int], scalings: list[float]) -> dict[str, dict]:
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = cells.build_parser(__doc__, bits=[32])
+    parser = sweep.build_parser(__doc__, bits=[32])
     parser.add_argument("--layers", type=int, nargs="+", default=[0, 1, 2], help="(default: %(default)s)")
     parser.add_argument(
         "--scalings", type=float, nargs="+", default=[0.1], help="learning rates of these layers (default: %(default)s)"
     )
-    own, flags = cells.parse(parser, argv)
+    own, flags = sweep.parse(parser, argv)
     named = variants(own.layers, own.scalings)
     if next(iter(named)) != "frozen":
         raise InputError("--layers must begin with 0, to which the others are compared")
-    frame = cells.run_cells(cells.plan(own, flags, named), own)
-    cells.write_csv(own.results / "layers.csv", frame.drop(columns="result"))
-    parts = [part for dataset in own.datasets for part in (cells.heading(frame, dataset), cells.drops(frame, dataset))]
-    cells.write_markdown(own.results / "layers.md", *parts)
+    frame = sweep.run_cells(sweep.plan(own, flags, named), own)
+    sweep.write_csv(own.results / "layers.csv", frame.drop(columns="result"))
+    parts = [part for dataset in own.datasets for part in (sweep.heading(frame, dataset), sweep.drops(frame, dataset))]
+    sweep.write_markdown(own.results / "layers.md", *parts)
 
 
 if __name__ == "__main__":

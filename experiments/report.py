@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """One HTML file about a run: its flags, curves, codewords, and what it finds; the published numbers beside.
 
-python scripts/report.py NOTES [--output DIR] [--data_root DIR] [--html FILE]
+python -m experiments.report NOTES [--output DIR] [--data_root DIR] [--html FILE]
 
 Reads `checkpoints/NOTES/` below --output and, for the gallery, the images and the feature cache, from where the run had
 them if not said otherwise. Writes `checkpoints/NOTES/report.html`, which needs no network and no other file. Of the
@@ -16,7 +16,6 @@ from argparse import Namespace
 from itertools import cycle
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import numpy as np
 import torch
 from PIL import Image
@@ -25,12 +24,12 @@ from torch import Tensor
 import data
 import engine
 import main as program
-import published
 import retrieval
-from features import test_features
+from experiments import published
+from experiments.callbacks import used_codewords
+from feature_cache import test_features
 from results import Files, read_array, read_metrics
 from utils import InputError, Parser, atomic_write, check_writable, one_line, run_script, sha256
-from watch import used_codewords
 
 CLASSES = {
     "CIFAR10": ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"),
@@ -139,7 +138,7 @@ def their_maps(metrics: dict) -> list[tuple]:
 
 def curves(metrics: dict, pr: np.ndarray, p_at_k: np.ndarray, codes: np.ndarray, K: int) -> str:
     """Plots: the training's curves, precision and recall, P@K, and how often each codeword is used."""
-    import plots
+    from experiments import plots
 
     def panel(title: str, x: str, y: str, *lines: tuple, **style: object) -> str:
         figure, grid = plots.panels(1, 1, 3.8, 2.6)

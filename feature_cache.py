@@ -21,8 +21,8 @@ import torchvision
 from torch import Tensor
 
 import data
-from lists import ImageFiles
-from network import Backbone
+from methods.mecoq import Backbone
+from readers import ImageFiles
 from utils import CPU_CHUNK, LOG, InputError, atomic_write, check_writable, locked, progress_bar, sha256, write_json
 
 FORMAT = 1  # to be raised with every change of what the values are

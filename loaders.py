@@ -1,0 +1,203 @@
+"""Batches on the device: two views of the training images, and test images."""
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler
+from torchvision import transforms as T
+
+import transforms
+from data import Splits
+from distributed import by_chunks
+from readers import ImageFiles, Images, worker_count
+from utils import leave_signals, sample_seed
+
+TEST_BATCH = 128  # images, whatever --batch_size: rounding must not depend on it
+
+
+@dataclass(frozen=True)
+class ViewOptions:
+    """How training images become views. `kind`: "pil" makes them image by image in workers; "batched" only decodes and
+    crops images on disk there, all else happens on the device."""
+
+    kind: str
+    image_size: int
+    batch_size: int
+    seed: int
+
+
+@dataclass(frozen=True)
+class Preprocessing:
+    """How test images become batches."""
+
+    image_size: int
+    device: str
+    num_workers: int
+
+
+# ---------------------------------------------------------------- training images
+
+
+class ShuffledBatches(Sampler[list[tuple[int, int]]]):
+    """Batches of (image, seed of its views) of an epoch, from the `first` one on; the last batch may be smaller.
+
+    Order and seeds are functions of (seed, epoch) alone, so views do not depend on the number of workers.
+    """
+
+    def __init__(self, n: int, batch_size: int, seed: int) -> None:
+        self.n, self.batch_size, self.seed, self.epoch, self.first = n, batch_size, seed, 0, 0
+
+    def __len__(self) -> int:
+        return -(-self.n // self.batch_size)
+
+    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+        generator = torch.Generator().manual_seed(sample_seed(self.seed, self.epoch))
+        order = torch.randperm(self.n, generator=generator).tolist()
+        for start in range(self.first * self.batch_size, self.n, self.batch_size):
+            batch = order[start : start + self.batch_size]
+            yield [(index, sample_seed(self.seed, self.epoch, index)) for index in batch]
+
+
+class SeededViews(Dataset):
+    """(image, seed) -> `draw(image, seed)`."""
+
+    def __init__(self, draw: Callable[[int, int], tuple[Tensor, ...]]) -> None:
+        self.draw = draw
+
+    def __getitem__(self, key: tuple[int, int]) -> tuple[Tensor, ...]:
+        return self.draw(*key)
+
+
+def pil_views(images: Images | ImageFiles, transform: T.Compose, index: int, seed: int) -> tuple[Tensor]:
+    """Both views of an image, `[2, 3, S, S]`."""
+    picture = images.picture(index)
+    with torch.random.fork_rng(devices=[]):  # torchvision draws from the global generator
+        torch.default_generator.manual_seed(seed)
+        return (torch.stack([transform(picture), transform(picture)]),)
+
+
+def photo_views(images: ImageFiles, mirrored: bool, image_size: int, index: int, seed: int) -> tuple[Tensor, Tensor]:
+    """What `transforms.augment_crops` makes two views of: crops `[2, 3, S, S]` uint8 and the views' numbers `[2, 15]`.
+
+    If all crops are larger than S, the image is decoded at a half, a quarter or an eighth of its size.
+    """
+    with images.opened(index) as photo:
+        width, height = photo.size
+        sizes = torch.tensor([[height, height], [width, width]])
+        drawn = transforms.draw_views(*sizes, mirrored, torch.Generator().manual_seed(seed))
+        enough = image_size / float(drawn[:, transforms.CROP][:, 2:].min())
+        pixels = photo.decoded(least=(math.ceil(enough * width), math.ceil(enough * height)))
+    pixels = torch.from_numpy(pixels).permute(2, 0, 1)
+    crops = [transforms.crop_view(pixels, numbers, (height, width), image_size) for numbers in drawn]
+    return torch.stack(crops), drawn
+
+
+class SmallViews(IterableDataset):
+    """Batches of what `transforms.augment_small` makes two views of: `[2N, H, W, 3]` uint8 and the views' numbers
+    `[2N, 15]`, drawn for a whole epoch at once: image by image that takes as long as all the rest."""
+
+    def __init__(self, images: Images, mirrored: bool, batches: ShuffledBatches) -> None:
+        self.images, self.mirrored, self.batches = images, mirrored, batches
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        n, height, width, _ = self.images.pixels.shape
+        generator = torch.Generator().manual_seed(sample_seed(self.batches.seed, self.batches.epoch, n))
+        sizes = torch.tensor([[height], [width]]).expand(2, 2 * n)
+        drawn = transforms.draw_views(*sizes, self.mirrored, generator).view(2, n, -1)
+        for batch in self.batches:
+            rows = [index for index, _ in batch]
+            yield torch.from_numpy(self.images.pixels[rows]).repeat(2, 1, 1, 1), drawn[:, rows].flatten(0, 1)
+
+
+def views_first(items: list[tuple[Tensor, ...]]) -> list[Tensor]:
+    """Tensors `[2, ...]` of N images -> `[2N, ...]`: all first views, then all second ones."""
+    return [torch.stack(tensors, dim=1).flatten(0, 1) for tensors in zip(*items, strict=True)]
+
+
+class TwoViews:
+    """Batches of both views of the training images, `[2N, 3, S, S]` float32 on the device, all first views first. Its
+    length is that of a whole epoch."""
+
+    def __init__(
+        self, loader: DataLoader, batches: ShuffledBatches, augment: Callable[..., Tensor], device: str
+    ) -> None:
+        self.loader, self.batches, self.augment, self.device = loader, batches, augment, device
+
+    def __len__(self) -> int:
+        return len(self.batches)
+
+    def set_epoch(self, epoch: int, first_step: int = 0) -> None:
+        """Choose what the next pass yields: the epoch's batches from `first_step` on."""
+        self.batches.epoch, self.batches.first = epoch, first_step
+
+    def __iter__(self) -> Iterator[Tensor]:
+        for images, *drawn in self.loader:
+            yield self.augment(images.to(self.device, non_blocking=True), *drawn)
+
+
+def train_loader(splits: Splits, options: ViewOptions, device: str, num_workers: int) -> TwoViews:
+    """Both views of the training images, in batches. Images in memory need no workers if views are batched."""
+    images, S = splits.train, options.image_size
+    batches = ShuffledBatches(len(images), options.batch_size, options.seed)
+    if options.kind == "batched" and not images.on_disk:
+        small = SmallViews(images, splits.mirrored, batches)
+        loader = DataLoader(small, batch_size=None, **_loader_options(device, 0))
+        return TwoViews(loader, batches, partial(transforms.augment_small, image_size=S), device)
+    if options.kind == "batched":
+        draw = partial(photo_views, images, splits.mirrored, S)
+        augment = partial(by_chunks, transforms.augment_crops)
+    else:
+        draw, augment = partial(pil_views, images, transforms.view_transform(S, splits.mirrored)), lambda x: x
+    views = SeededViews(draw)
+    loader = DataLoader(views, batch_sampler=batches, collate_fn=views_first, **_loader_options(device, num_workers))
+    return TwoViews(loader, batches, augment, device)
+
+
+# ---------------------------------------------------------------- test images
+
+
+class Photos(Dataset):
+    """index -> the image as test images are seen, `[3, S, S]` float32."""
+
+    def __init__(self, images: ImageFiles, transform: T.Compose) -> None:
+        self.images, self.transform = images, transform
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, index: int) -> Tensor:
+        return self.transform(self.images.picture(index))
+
+
+def test_batches(images: Images | ImageFiles, preprocessing: Preprocessing) -> Iterator[Tensor]:
+    """Test images in their order, in batches `[B, 3, S, S]` of at most `TEST_BATCH`, on the device.
+
+    Those on disk go through `photo_transform` in workers; those in memory are square and resized on the device.
+    """
+    S, device = preprocessing.image_size, preprocessing.device
+    if images.on_disk:
+        photos = Photos(images, transforms.photo_transform(S))
+        options = _loader_options(device, preprocessing.num_workers)
+        for batch in DataLoader(photos, batch_size=TEST_BATCH, **options):
+            yield batch.to(device, non_blocking=True)
+    else:
+        for start in range(0, len(images), TEST_BATCH):
+            pixels = torch.from_numpy(images.pixels[start : start + TEST_BATCH]).to(device)
+            yield by_chunks(partial(transforms.enlarge, image_size=S), pixels)
+
+
+test_batches.__test__ = False  # not a pytest function
+
+
+def _loader_options(device: str, num_workers: int) -> dict:
+    """The loader's own generator decides nothing here, it keeps the global one out of it."""
+    return {
+        "num_workers": worker_count(num_workers),
+        "pin_memory": device != "cpu",
+        "generator": torch.Generator(),
+        "worker_init_fn": leave_signals if num_workers else None,
+    }

@@ -147,5 +147,7 @@ def announce(trials: list[Trial], *notes: str) -> None:
     for note in notes:
         print(note)
     for trial, key in zip(trials, keys, strict=True):
+        method = trial.labels["method"]
         place = ", ".join(f"{trial.labels[name]}" for name in ("dataset", "bits", "seed"))
-        print(f"{trial.labels['method']}; {place}: {' '.join(f'{name}={value}' for name, value in key.items())}")
+        changed = " ".join(f"{name}={value}" for name, value in key.items())
+        print(f"{method if isinstance(method, str) else ', '.join(method)}; {place}: {changed}")

@@ -9,6 +9,7 @@ the backbone with nothing trained. Writes table1.csv, a row per number, and tabl
 
 import sys
 from argparse import Namespace
+from functools import lru_cache
 from typing import TYPE_CHECKING
 
 import config
@@ -19,6 +20,7 @@ from methods import BACKBONES
 from utils import InputError, progress_bar, run_script
 
 if TYPE_CHECKING:
+    import numpy as np
     import pandas as pd
 
     from experiments.sweep import Shared
@@ -50,6 +52,17 @@ def baseline_key(name: str, configuration: Config, fingerprint: str) -> dict[str
     }
 
 
+@lru_cache(maxsize=1)
+def prepared(shared: "Shared") -> "dict[str, np.ndarray]":
+    """The features of images by split, as the baselines see them."""
+    import torch
+
+    from experiments import baselines
+
+    arrays = {name: torch.cat([batch.float() for batch in batches]) for name, batches in shared.features.items()}
+    return baselines.prepared({name: array.flatten(1).cpu().numpy() for name, array in arrays.items()})
+
+
 def run_baseline(name: str, configuration: Config, shared: "Shared", own: Namespace) -> dict:
     """A baseline's MAP and seconds, kept beside the trainings'."""
     import torch
@@ -59,11 +72,10 @@ def run_baseline(name: str, configuration: Config, shared: "Shared", own: Namesp
     key = baseline_key(name, configuration, shared.fingerprint)
 
     def compute() -> dict:
-        splits = {"query": shared.splits.query, "database": shared.splits.database}
-        labels = {split: torch.from_numpy(images.labels) for split, images in splits.items()}
-        features = baselines.prepared(shared.features)
-        run = baselines.Run(key["bits"], configuration.seed, configuration.topK)
-        return {"map": baselines.method_map("exact" if name == EXACT else name, features, labels, run)}
+        labels = [torch.from_numpy(images.labels) for images in (shared.splits.query, shared.splits.database)]
+        method = "exact" if name == EXACT else name
+        seed, topK = configuration.seed, configuration.topK
+        return {"map": baselines.method_map(method, prepared(shared), labels, key["bits"], seed, topK)}
 
     return sweep.kept(own.trials, key, compute)
 

@@ -31,7 +31,7 @@ class CodebookUse:
     """Use of the codebooks, Figure 2: `rows`, one per epoch.
 
     `vanilla_loss`: the contrastive loss of Eq. 6 without debiasing, memory and regulariser, so that variants can be
-    compared; the mean over the epoch's steps. Of some images at the epoch's start: `used` and `perplexity`, see
+    compared; the mean over the epoch's steps. Of the images at the epoch's start: `used` and `perplexity`, see
     `used_codewords`, and `soft_error` and `hard_error`, the mean squared distance of unit segments to what the
     quantizer makes of them.
 
@@ -60,9 +60,9 @@ class CodebookUse:
 
 
 class FeatureDrift:
-    """Movement of the same images' representations within some steps, Eq. 11 and Figure 3: `rows`, one in `EVERY` steps,
-    with a column `<kind>_<interval>` for embeddings, soft and hard reconstructions and each of the `INTERVALS`, and the
-    errors of quantization `soft_error` and `hard_error`.
+    """Movement of the same images' representations within several steps, Eq. 11 and Figure 3: `rows`, one in `EVERY`
+    steps, with a column `<kind>_<interval>` for embeddings, soft and hard reconstructions and each of the `INTERVALS`,
+    and the errors of quantization `soft_error` and `hard_error`.
 
     Distances are means over segments. The embedding is normalised segment by segment, as the quantizer does it first.
 

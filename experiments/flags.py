@@ -130,8 +130,8 @@ def labels(method: object, dataset: str, bits: int, seed: int, flags: list[str])
 
 
 def plan(own: Namespace, flags: list[str], methods: dict[object, dict]) -> list[Trial]:
-    """A trial each for all data sets, seeds, code lengths and methods (name -> flags that it sets). Raises InputError if
-    flags make no sense."""
+    """A trial each for all data sets, seeds, code lengths and methods (name -> flags that it sets). Raises InputError
+    if flags make no sense."""
     return [
         Trial(labels(name, dataset, bits, seed, flags), configured(dataset, bits, seed, flags, **change))
         for dataset in own.datasets for seed in own.seeds for bits in own.bits for name, change in methods.items()

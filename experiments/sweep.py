@@ -171,8 +171,8 @@ def name_of(key: dict) -> str:
 
 
 def kept(folder: Path, key: dict, compute: Callable[[], dict]) -> dict:
-    """The result in `folder` under the name of `key`; if there is none, what `compute` gives, with the `seconds` it took,
-    which is kept with the key and a checksum. Raises InputError if the file is damaged."""
+    """The result in `folder` under the name of `key`; if there is none, what `compute` gives, with the `seconds` it
+    took, which is kept with the key and a checksum. Raises InputError if the file is damaged."""
     path = folder / f"{name_of(key)}.json"
     if not path.exists():
         busy = f"waiting for another process, which makes {path}"

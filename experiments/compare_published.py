@@ -5,8 +5,8 @@ python -m experiments.compare_published [--output DIR ...] [--logs FILE ...] [--
 
 Reads checkpoints/*/metrics.json below each --output folder, and log files: the authors' or ours, told by their names
 (CifarII32bits.log). Runs of one experiment and setting, that is of the same flags but for seed and machine, are
-averaged; flags that are not as in the experiment's script are named in the setting. Prints a table, and writes it as Markdown
-and CSV beside the first folder's checkpoints. MAP in percent; a spread is the lowest and the highest value.
+averaged; flags that are not as in the experiment's script are named in the setting. Prints a table, and writes it as
+Markdown and CSV beside the first folder's checkpoints. MAP in percent; a spread is the lowest and the highest value.
 """
 
 import argparse

@@ -283,11 +283,10 @@ def key(config: Config, *kinds: str) -> dict[str, object]:
 
     A flag at its default is in no key, so that a new flag makes no kept file stale.
     """
-    table = rows(config.method).items()
     return {
         name: getattr(config, name)
-        for name, flag in table
-        if flag.affects in (kinds or RESULTS) and getattr(config, name) != flag.absent_from_keys
+        for name, flag in _affecting(config, kinds).items()
+        if getattr(config, name) != flag.absent_from_keys
     }
 
 
@@ -296,11 +295,15 @@ def differing(config: Config, stored: Mapping[str, object], *kinds: str) -> list
     lacks was at its default."""
     return [
         name
-        for name, flag in rows(config.method).items()
-        if flag.affects in (kinds or RESULTS)
-        and name in config
-        and stored.get(name, flag.absent_from_keys) != getattr(config, name)
+        for name, flag in _affecting(config, kinds).items()
+        if stored.get(name, flag.absent_from_keys) != getattr(config, name)
     ]
+
+
+def _affecting(config: Config, kinds: tuple[str, ...]) -> dict[str, Flag]:
+    """The rows of the configuration's flags that affect these kinds."""
+    table = rows(config.method).items()
+    return {name: flag for name, flag in table if name in config and flag.affects in (kinds or RESULTS)}
 
 
 def recorded(config: Config) -> dict[str, object]:

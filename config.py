@@ -33,7 +33,7 @@ def _path(value: str) -> str | None:
 
 FLAGS: dict[str, tuple[Flag, ...]] = {
     "run": (
-        Flag("method", "MeCoQ", "result", "what is learned", choices=tuple(METHODS)),
+        Flag("method", "MeCoQ", "result", "what is learned", choices=METHODS),
         Flag("notes", None, "place", "name of the run and of its files (default: from data set, protocol and bits)",
              _notes, type=str),
         Flag("recipe", "paper", "result", "defaults for the flags marked [recipe]: what the paper's equations say, or "
@@ -62,7 +62,7 @@ FLAGS: dict[str, tuple[Flag, ...]] = {
     ),
     "data": (
         Flag("dataset", "CIFAR10", "images", "; ".join(f"{name}: {row.help}" for name, row in DATASETS.items()),
-             choices=tuple(DATASETS)),
+             choices=DATASETS),
         Flag("protocol", "I", "images", "CIFAR-10: train on 50,000 (I) or 5,000 (II) images; the others ignore it",
              choices=("I", "II"), aliases=("protocal",)),
         Flag("data_root", "datasets", "place", "folder of the images: CIFAR-10/cifar-10-batches-py, "
@@ -82,7 +82,7 @@ FLAGS: dict[str, tuple[Flag, ...]] = {
     ),
     "backbone": (
         Flag("backbone", "vgg16", "features", "feature extractor; convnet is small and trained from scratch",
-             choices=tuple(sorted(BACKBONES))),
+             choices=BACKBONES),
         Flag("weights", None, "weights", "of the backbone; PATH: a state dict with torchvision's keys (default: "
              "imagenet; convnet: random)", type=str, metavar="{imagenet,random,PATH}"),
         Flag("vgg_model_path", None, "weights", "the same as --weights PATH", type=str, metavar="PATH"),

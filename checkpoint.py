@@ -1,42 +1,37 @@
-"""Where was a run stopped? The signals that stop it, and the state from which it goes on as if nothing had been."""
+"""The state of a training, saved and gone on from as if nothing had happened, and the signals that stop a run."""
 
 import hashlib
-import json
 import math
-import re
-import shutil
 import signal
 import time
-from argparse import Namespace
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
 
 import numpy as np
 import torch
-from tensorboard.backend.event_processing.event_file_loader import LegacyEventFileLoader  # keeps values as they are
-from tensorboard.summary.writer.event_file_writer import EventFileWriter
 from torch import Tensor
 
-import data
-from methods.mecoq import Backbone, MeCoQ
-from readers import ImageFiles
-from results import NEUTRAL, Files, other_flags, write_tensors
-from utils import LOG, InputError, Patience, Stopped, load_tensors
+from config import RESULTS, Config, differing
+from data import Splits
+from methods.backbones import Backbone
+from methods.base import Method
+from results import Events, Files, read_metrics
+from utils import LOG, InputError, RunError, Stopped, Stopwatch, load_tensors, sha256, write_tensors
 
 SHARE = 0.02  # of a run's time, that saves at the end of epochs may take
-FORMAT = 1  # to be raised with every change of what `last.cpt` holds
+FORMAT = 2  # to be raised with every change of what `last.cpt` holds
 
-# flags that may differ when a run goes on; `fingerprint` tells whether what they name is the same
-MOVABLE = NEUTRAL | {"weights"}
+Callback = Callable[[Method, int, int, Tensor], object]  # method, epoch, step of the epoch, the views of that step
 
 
 # ---------------------------------------------------------------- signals
 
 
 class Signals:
-    """SIGTERM and SIGINT end a run by `Stopped`: at once, or, while they are deferred, where `check` is called. SIGUSR1
+    """SIGTERM and SIGINT end a run by `Stopped`: at once, or, while they are deferred, when `check` is called. SIGUSR1
     asks for the state to be saved.
 
     `pending` is the number of the signal that waits, `save` whether SIGUSR1 came. A second signal does not wait.
@@ -84,7 +79,7 @@ class Signals:
         return self.save or self.pending is not None
 
     def check(self) -> None:
-        """Once the state is saved. Raises Stopped where a signal waits for it."""
+        """Once the state is saved. Raises Stopped if a signal waits for it."""
         if self.save:
             LOG.info("state saved, as SIGUSR1 asks")
         self.save = False
@@ -95,41 +90,84 @@ class Signals:
 # ---------------------------------------------------------------- the state
 
 
+class Patience:
+    """The best value seen, and whether `limit` values in a row were no better."""
+
+    def __init__(self, limit: int) -> None:
+        self.limit = limit
+        self.best = -math.inf
+        self.worse_in_a_row = 0
+
+    def improved(self, value: float) -> bool:
+        """Take the next value; True if it is strictly better than all before it."""
+        if value > self.best:
+            self.best, self.worse_in_a_row = value, 0
+            return True
+        self.worse_in_a_row += 1
+        return False
+
+    @property
+    def exhausted(self) -> bool:
+        return self.worse_in_a_row >= self.limit
+
+
+@dataclass(frozen=True)
+class Loop:
+    """How long a training goes on, and how often it is validated, read and saved (steps, but for `eval_interval`)."""
+
+    epochs: int
+    eval_interval: int = 1
+    patience: int = 10
+    log_interval: int = 20
+    save_interval: int = 500
+    detect_anomaly: bool = False
+
+
+@dataclass(frozen=True)
+class StateFile:
+    """`last.cpt`: its path, the configuration, and the `fingerprint` of what is trained on, which it holds."""
+
+    path: Path
+    config: dict
+    fingerprint: str
+
+
+@dataclass
 class Training:
-    """All that changes while a model is trained.
+    """All that changes while a method is trained.
 
     `epoch` is the one that is being trained, `step` counts those of it that are done, `sums` adds up their losses by
-    tag; `history` holds what is known of the epochs before.
-
-    `events` is TensorBoard's writer, if there is one.
+    tag; `history` holds what is known of the epochs before. `events` is TensorBoard's writer, if there is one.
 
     Args:
-        path: `last.cpt`, which `save` writes; None: it saves nothing.
-        fingerprint: see the function of that name, of what was trained on.
+        file: what `save` writes; None: nothing is saved.
+        callbacks: called before each step, in evaluation mode and without gradients.
     """
 
-    def __init__(
-        self,
-        model: MeCoQ,
-        optimizer: torch.optim.Optimizer,
-        scheduler: torch.optim.lr_scheduler.LRScheduler,
-        args: Namespace,
-        path: Path | None,
-        fingerprint: str,
-    ) -> None:
-        self.model, self.optimizer, self.scheduler, self.args = model, optimizer, scheduler, args
-        self.path, self.fingerprint, self.events = path, fingerprint, None
-        self.patience = Patience(args.monitor_counter)
-        self.epoch = self.step = 0
-        self.sums: dict[str, float] = {}
-        self.history: list[dict] = []
-        self.seconds: dict[str, float] = {}
-        self.saved_best = -math.inf  # MAP of the model in `model.cpt`
-        self.began, self.saving = time.perf_counter(), 0.0
+    method: Method
+    optimizer: torch.optim.Optimizer
+    scheduler: torch.optim.lr_scheduler.LRScheduler
+    loop: Loop
+    steps_per_epoch: int
+    file: StateFile | None = None
+    callbacks: Sequence[Callback] = ()
+    signals: Signals = field(default_factory=Signals)
+    stopwatch: Stopwatch = field(default_factory=Stopwatch)
+    events: Events | None = None
+    epoch: int = 0
+    step: int = 0
+    sums: dict[str, float] = field(default_factory=dict)
+    history: list[dict] = field(default_factory=list)
+    saved_best: float = -math.inf  # MAP of the model in `model.cpt`
+    began: float = field(default_factory=time.perf_counter)
+    saving: float = 0.0  # seconds spent on it
+
+    def __post_init__(self) -> None:
+        self.patience = Patience(self.loop.patience)
 
     @property
     def finished(self) -> bool:
-        return self.epoch >= self.args.epoch_num or self.patience.exhausted
+        return self.epoch >= self.loop.epochs or self.patience.exhausted
 
     @property
     def best_is_now(self) -> bool:
@@ -137,19 +175,56 @@ class Training:
         just_validated = self.step == 0 and bool(self.history) and "val_mAP" in self.history[-1]
         return just_validated and self.patience.worse_in_a_row == 0
 
+    @property
+    def device(self) -> torch.device:
+        return next(self.method.parameters()).device
+
+    @torch.no_grad()
+    def call_back(self, views: Tensor) -> None:
+        """Let the callbacks see the method as it stands before a step."""
+        if self.callbacks:
+            self.method.eval()
+            for callback in self.callbacks:
+                callback(self.method, self.epoch, self.step, views)
+            self.method.train()
+
+    def note(self, step: int, scalars: dict[str, float]) -> None:
+        """Add up the losses of a step, by tag, and tell TensorBoard. Raises RunError if the loss is not finite.
+
+        Args:
+            step: of the epoch.
+        """
+        total = scalars["loss/total_loss"]
+        if not math.isfinite(total):
+            self.step = step  # an earlier one than that which is being done
+            raise RunError(f"the loss became {total}: try a smaller --lr or a larger --T")
+        for name, value in scalars.items():
+            self.sums[name] = self.sums.get(name, 0.0) + value
+            if self.events:
+                self.events.add_scalar(name, value, self.epoch * self.steps_per_epoch + step)
+
+    def summary(self) -> dict:
+        """What `metrics.json` says of the training."""
+        validated = [epoch for epoch in self.history if "val_mAP" in epoch]
+        return {
+            "epochs_run": len(self.history),
+            "best_epoch": max(validated, key=lambda epoch: epoch["val_mAP"], default={}).get("epoch"),
+            "history": self.history,
+            "seconds": self.stopwatch.seconds,
+        }
+
     def state(self) -> dict:
-        memory, device = self.model.memory, self.args.device
         return {
             "format": FORMAT,
-            "config": vars(self.args),
-            "fingerprint": self.fingerprint,
-            "model": {name: tensor.detach().cpu() for name, tensor in changing(self.model).items()},
+            "config": self.file.config,
+            "fingerprint": self.file.fingerprint,
+            "model": {name: tensor.detach().cpu() for name, tensor in changing(self.method).items()},
             "optimizer": self.optimizer.state_dict(),
             "scheduler": self.scheduler.state_dict(),
-            "memory": memory and {"codes": memory.codes, "next": memory.next, "filled": memory.filled},
+            "extra": self.method.extra_state(),
             "generators": {
                 "cpu": torch.get_rng_state(),
-                "cuda": None if device == "cpu" else torch.cuda.get_rng_state(device),
+                "cuda": torch.cuda.get_rng_state(self.device) if self.device.type == "cuda" else None,
             },
             "epoch": self.epoch,
             "step": self.step,
@@ -158,65 +233,62 @@ class Training:
             "history": self.history,
             "best": self.patience.best,
             "worse_in_a_row": self.patience.worse_in_a_row,
-            "seconds": self.seconds,
+            "seconds": self.stopwatch.seconds,
         }
 
     def save(self, if_cheap: bool = False) -> None:
-        """Write `last.cpt`; `if_cheap`: not where that has taken more than `SHARE` of the time so far."""
+        """Write `last.cpt`; `if_cheap`: unless that has taken more than `SHARE` of the time so far."""
         start = time.perf_counter()
         dear = self.saving > SHARE * (start - self.began) and not self.finished
-        if self.path and not (if_cheap and dear):
+        if self.file and not (if_cheap and dear):
             if self.events:
                 self.events.flush()  # what is told of the steps so far must not be lost either
-            write_tensors(self.state(), self.path)
+            write_tensors(self.state(), self.file.path)
             self.saving += time.perf_counter() - start
 
     def restore(self, state: dict) -> None:
-        """Go on from a state that `read_state` gave for the same flags."""
-        if state["fingerprint"] != self.fingerprint:
-            raise InputError(
-                f"--resume: {self.path} is of a run on other images, labels or weights: give the same ones"
-            )
+        """Go on from a state that `read_state` gave for the same flags. Raises InputError if it is of other images or
+        weights, or damaged."""
+        path = self.file.path
+        if state["fingerprint"] != self.file.fingerprint:
+            raise InputError(f"--resume: {path} is of a run on other images, labels or weights: give the same ones")
         try:
-            if set(state["model"]) != set(changing(self.model)):
-                raise damaged(self.path)
-            self.model.load_state_dict(state["model"], strict=False)
+            if set(state["model"]) != set(changing(self.method)):
+                raise damaged(path)
+            self.method.load_state_dict(state["model"], strict=False)
             self.optimizer.load_state_dict(state["optimizer"])
             self.scheduler.load_state_dict(state["scheduler"])
-            if self.model.memory:
-                self.model.memory.codes.copy_(state["memory"]["codes"])
-                self.model.memory.next, self.model.memory.filled = state["memory"]["next"], state["memory"]["filled"]
+            self.method.load_extra_state(state["extra"])
             torch.set_rng_state(state["generators"]["cpu"])
-            if self.args.device != "cpu" and state["generators"]["cuda"] is not None:
-                torch.cuda.set_rng_state(state["generators"]["cuda"], self.args.device)
+            if self.device.type == "cuda" and state["generators"]["cuda"] is not None:
+                torch.cuda.set_rng_state(state["generators"]["cuda"], self.device)
         except (RuntimeError, ValueError, KeyError, TypeError, AttributeError) as error:
-            raise damaged(self.path) from error
+            raise damaged(path) from error
         self.epoch, self.step, self.sums, self.history = (state[k] for k in ("epoch", "step", "sums", "history"))
         self.patience.best, self.patience.worse_in_a_row = state["best"], state["worse_in_a_row"]
-        self.seconds, self.saved_best = state["seconds"], state["best"]
+        self.stopwatch.seconds, self.saved_best = state["seconds"], state["best"]
 
 
-def changing(model: MeCoQ) -> dict[str, Tensor]:
-    """What of a model's state dict training can change: all but the frozen blocks."""
-    blocks = model.backbone.blocks[: model.backbone.split]
+def changing(method: Method) -> dict[str, Tensor]:
+    """The entries of a method's state dict that training can change: all but the frozen blocks."""
+    blocks = method.backbone.blocks[: method.backbone.split]
     frozen = {id(tensor) for block in blocks for tensor in block.state_dict(keep_vars=True).values()}
-    return {name: x for name, x in model.state_dict(keep_vars=True).items() if id(x) not in frozen}
+    return {name: x for name, x in method.state_dict(keep_vars=True).items() if id(x) not in frozen}
 
 
-def fingerprint(splits: data.Splits, backbone: Backbone) -> str:
-    """Of the backbone's weights and the splits' images: their pixels, or the names and sizes of their files; and of
+def fingerprint(splits: Splits, backbone: Backbone) -> str:
+    """A digest of the backbone's weights, the splits' images (their pixels, or the names and sizes of their files) and
     their labels."""
     digest = hashlib.sha256()
     for tensor in backbone.state_dict().values():
         digest.update(tensor.cpu().contiguous().numpy().tobytes())
     for images in (splits.train, splits.query, splits.database):
-        if isinstance(images, ImageFiles):
-            sizes = [(images.root / name).stat().st_size for name in images.names]
-            digest.update(json.dumps([images.names.tolist(), sizes]).encode())
-        else:
-            digest.update(np.ascontiguousarray(images.pixels).tobytes())
+        images.update(digest)
         digest.update(np.ascontiguousarray(images.labels).tobytes())
     return digest.hexdigest()
+
+
+# ---------------------------------------------------------------- reading it back
 
 
 def damaged(path: Path) -> InputError:
@@ -224,109 +296,69 @@ def damaged(path: Path) -> InputError:
 
 
 STATE = {
-    "format": int, "config": dict, "fingerprint": str, "model": dict, "optimizer": dict, "scheduler": dict,
-    "generators": dict, "epoch": int, "step": int, "steps": int, "sums": dict, "history": list, "best": float,
-    "worse_in_a_row": int, "seconds": dict,
+    "config": dict, "fingerprint": str, "model": dict, "optimizer": dict, "scheduler": dict, "generators": dict,
+    "epoch": int, "step": int, "steps": int, "sums": dict, "history": list, "best": float, "worse_in_a_row": int,
+    "seconds": dict,
 }  # fmt: skip
 
 
 def load_state(path: Path) -> dict:
-    """The content of `last.cpt`. Raises InputError where it is no such file, or damaged."""
+    """The content of `last.cpt`. Raises InputError if it is not such a file, of another version, or damaged."""
     try:
         state = load_tensors(path)
-        whole = all(isinstance(state[name], kind) for name, kind in STATE.items()) and "memory" in state
+        version = state["format"]
     except Exception as error:  # a damaged pickle can raise nearly anything
         raise damaged(path) from error
-    if state.get("format") != FORMAT:
+    if version != FORMAT:
         raise InputError(f"{path} was written by another version of this program: begin anew with --overwrite")
-    if not whole:
+    if not all(isinstance(state.get(name), kind) for name, kind in STATE.items()) or "extra" not in state:
         raise damaged(path)
     return state
 
 
-def read_state(path: Path, args: Namespace) -> dict:
-    """The content of `last.cpt`. Raises InputError, too, where it is of a run with other flags, which are named, that
-    would end otherwise."""
+def read_state(path: Path, config: Config) -> dict:
+    """The content of `last.cpt`. Raises InputError, too, if it is of a run with other flags that change results;
+    those are named. The fingerprint tells whether weights are the same."""
     state = load_state(path)
-    config = state["config"]
-    others = other_flags(args, config, MOVABLE)
+    stored = state["config"]
+    others = differing(config, stored)
     if others:
-        values = ", ".join(f"--{flag} {config.get(flag)} (now {getattr(args, flag)})" for flag in others)
+        values = ", ".join(f"--{flag} {stored.get(flag)} (now {getattr(config, flag)})" for flag in others)
         raise InputError(f"--resume: {path} is of a run with {values}: give the same flags, or another --notes")
     return state
 
 
-def find_state(files: Files, args: Namespace, going_on: bool) -> dict | None:
+def find_state(files: Files, config: Config) -> dict | None:
     """The state that a run goes on from; None: it begins anew.
 
-    Raises InputError where there is a run already, unless it is to go on and can.
+    Raises InputError if there is a run already, unless it is to go on (`--resume`) and can.
     """
-    if not files.present():
+    if not files.present() or config.overwrite:
         return None
-    if not going_on:
+    if not config.resume:
         raise InputError(f"{files.checkpoints} holds a run: go on with --resume, replace it with --overwrite, or name "
                          "another --notes or --output")  # fmt: skip
-    if args.test_only or files.present() == ["config.json"]:
+    if config.test_only or files.present() == ["config.json"]:
         return None  # there is nothing that could be lost
     if not files.last.exists():
         raise InputError(
             f"--resume: {files.last}, which tells where to go on, is not there: begin anew with --overwrite"
         )
-    return read_state(files.last, args)
+    return read_state(files.last, config)
 
 
-def begin(files: Files, log: Path, state: dict | None) -> None:
-    """A run takes its place, now that it has all it needs: what an earlier one left is removed, or, where it goes on
-    from a state, what the log and TensorBoard tell beyond that: it will be told again. `log` is where the run writes
-    its log until now; it becomes `files.log`."""
-    kept = []
-    if state:
-        kept = _log_before(files.log, state["epoch"])
-        _cut_events(files, state["epoch"], state["steps"])
-    else:
-        files.clear()
-    if log != files.log:
-        log.write_text("".join(kept) + log.read_text(encoding="utf-8"), encoding="utf-8")  # it is open, to append
-        log.replace(files.log)
+def is_finished(files: Files, config: Config) -> bool:
+    """Whether the folder of this run holds the results of the same flags, and of the model that is there now.
 
-
-# ---------------------------------------------------------------- what a run says twice
-
-EPOCH_LINE = re.compile(r" - epoch (\d+): avg loss=")
-OF_EPOCH = re.compile(r" - (epoch \d+: avg loss=|val mAP=|early stop: )")
-OF_TEST = re.compile(r" - test (mAP=|P@)")
-
-
-def _log_before(path: Path, epoch: int) -> list[str]:
-    """The lines of a log but for those of epochs from `epoch` on and of the test."""
-    kept, again = [], False
-    lines = path.read_text(encoding="utf-8", errors="replace").splitlines() if path.exists() else []
-    for line in lines:
-        found = EPOCH_LINE.search(line)
-        again = int(found[1]) >= epoch if found else again
-        if not (again and OF_EPOCH.search(line)) and not OF_TEST.search(line):
-            kept.append(line + "\n")
-    return kept
-
-
-def _cut_events(files: Files, epoch: int, step: int) -> None:
-    """Leave TensorBoard's values of earlier steps and epochs, once each."""
-    old = files.events()
-    if not old:
-        return
-    shutil.rmtree(files.new_events, ignore_errors=True)
-    writer, seen = EventFileWriter(str(files.new_events)), set()
-    for path in old:
-        for event in LegacyEventFileLoader(str(path)).Load():
-            for value in event.summary.value:
-                known = (value.tag, event.step) in seen
-                seen.add((value.tag, event.step))
-                if not known and event.step < (epoch if value.tag == "val_mAP" else step):
-                    writer.add_event(event)
-    writer.flush()
-    writer.close()
-    for path in list(files.new_events.iterdir()):
-        shutil.move(path, files.tensorboard / path.name)
-    for path in old:
-        path.unlink()
-    files.new_events.rmdir()
+    Raises InputError if it holds those of other flags: they must not be mistaken for these, nor lost.
+    """
+    if not files.metrics.exists():
+        return False
+    metrics = read_metrics(files.metrics)
+    stored = metrics["config"]
+    others = differing(config, stored, *RESULTS, "weights")
+    if others:
+        values = ", ".join(f"{flag}={stored.get(flag)}" for flag in others)
+        raise InputError(f"{files.checkpoints} holds a run with {values}: give this one another --output or --notes")
+    model = Path(config.checkpoint) if config.test_only else files.model
+    return model.exists() and metrics.get("model_sha256") == sha256(model)

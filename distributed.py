@@ -1,9 +1,13 @@
-"""What depends on the device: how much it computes at once."""
+"""The device that a run is on: whether it is there, what it is called, and work in chunks that fit it."""
 
+import platform
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
 from torch import Tensor
+
+from utils import InputError
 
 CPU_CHUNK = 32  # images: about what a CPU's caches hold the activations of
 
@@ -13,3 +17,44 @@ def by_chunks(function: Callable[..., Tensor], *tensors: Tensor) -> Tensor:
     as fast."""
     rows = CPU_CHUNK if tensors[0].device.type == "cpu" else max(len(tensors[0]), 1)
     return torch.cat([function(*part) for part in zip(*(tensor.split(rows) for tensor in tensors), strict=True)])
+
+
+def check_device(device: str) -> None:
+    """Raise InputError if the device is not there."""
+    if device == "cpu":
+        return
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    index = int(device.partition(":")[2] or 0)
+    if index >= count:
+        found = f"this machine has {count} usable" if count else "no usable CUDA device was found"
+        raise InputError(f"--device {device}: {found}; use --device cpu or another number")
+
+
+def use_device(device: str, precision: str) -> str:
+    """Make a device the current one. Returns the precision to run in: "fp32" if a GPU has no bfloat16.
+
+    Raises InputError if the device is not there.
+    """
+    check_device(device)
+    if device == "cpu":
+        return precision
+    torch.cuda.set_device(device)
+    return precision if torch.cuda.is_bf16_supported(False) else "fp32"
+
+
+def device_name(device: str) -> str:
+    """The device's name, for people."""
+    if device.startswith("cuda"):
+        return torch.cuda.get_device_name(device)
+    return f"cpu ({platform.processor() or platform.machine()}, {torch.get_num_threads()} threads)"
+
+
+def processor_name(device: str) -> str:
+    """The kind of processor and its settings, on which the rounding of features depends."""
+    if device != "cpu":
+        tf32 = torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32
+        return f"{torch.cuda.get_device_name(device)}, cuDNN {torch.backends.cudnn.version()}, TF32 {tf32}"
+    path = Path("/proc/cpuinfo")
+    lines = path.read_text(encoding="utf-8", errors="replace").splitlines() if path.exists() else []
+    model = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "")
+    return f"{model or platform.processor()} {torch.backends.cpu.get_cpu_capability()}"

@@ -1,268 +1,234 @@
-"""How does a run go? Training, encoding a database, testing."""
+"""A run: built from its configuration, trained, validated and tested."""
 
 import math
-import time
-from argparse import Namespace
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
+import loaders
 import numpy as np
 import torch
+from loaders import Preprocessing, TwoViews, ViewOptions
 from torch import Tensor
 
 import data
-import loss
 import retrieval
-from checkpoint import Signals, Training, fingerprint
-from feature_cache import Cached, Computed, test_features
-from methods.mecoq import CodebookAttention, MeCoQ, read_state_dict
-from readers import ImageFiles
+from checkpoint import Callback, Loop, Signals, StateFile, Training, fingerprint
+from config import Config, code_bits, key, recorded
+from data import Splits
+from distributed import device_name
+from feature_cache import Computed, Features, test_features
+from methods import METHODS
+from methods.backbones import Backbone, build_backbone, read_state_dict
+from methods.base import Method
+from optimizer import build_optimizer, build_scheduler
+from readers import ImageFiles, Images
 from results import (
     Events,
     Files,
-    code_bits,
-    device_name,
-    peak_memory,
-    read_array,
-    read_metrics,
+    StepLog,
+    read_codes,
+    report,
     save_model,
-    save_results,
-    versions,
+    take_place,
 )
-from utils import LOG, InputError, RunError, Stopped, learning_rate, one_line, progress_bar, sha256, write_json
+from utils import (
+    LOG,
+    InputError,
+    RunError,
+    Stopped,
+    Stopwatch,
+    load_object,
+    one_line,
+    progress_bar,
+    seed_everything,
+    sha256,
+    write_json,
+)
+
+# ---------------------------------------------------------------- what a configuration describes
 
 
-class Stopwatch:
-    """Seconds spent in each phase of a run."""
+def build(config: Config) -> tuple[Splits, Method]:
+    """Data and method of a run, the same whenever the seed is. Raises InputError if either cannot be had."""
+    seed_everything(config.seed)
+    # what is wrong with a file of weights is said before a long look at the data; a download comes after it
+    method = None if config.weights == "imagenet" else build_method(config)
+    splits = build_splits(config)
+    return splits, method or build_method(config)
 
-    def __init__(self) -> None:
-        self.seconds: dict[str, float] = {}
 
-    @contextmanager
-    def measure(self, phase: str) -> Iterator[None]:
-        start = time.perf_counter()
-        try:
-            yield
-        finally:
-            self.seconds[phase] = self.seconds.get(phase, 0.0) + time.perf_counter() - start
+def build_splits(config: Config) -> Splits:
+    """The images of a run. Raises InputError if they are not there or not sound."""
+    roots = Path(config.data_root), Path(config.list_root)
+    source = data.Source(config.dataset, config.protocol, config.seed, *roots, config.download_cifar10)
+    splits = data.load_splits(source, config.limit, config.skip_bad_images, config.num_workers)
+    sizes = len(splits.train), len(splits.query), len(splits.database)
+    LOG.info("%d training images, %d queries, %d in the database", *sizes)
+    return splits
+
+
+def build_method(config: Config) -> Method:
+    """The method that the flags describe, on its device; with `--test_only` it is the checkpoint's."""
+    weights = "random" if config.test_only else config.weights
+    backbone = build_backbone(config.backbone, weights, config.trainable_layer_num, config.precision == "bf16")
+    method = load_object(METHODS[config.method].build)(backbone, config)
+    if config.test_only:
+        method.load_checkpoint(Path(config.checkpoint))
+    method = method.to(config.device)
+    if config.compile and backbone.split:
+        backbone.compile_frozen(config.image_size, config.device)
+    return method
+
+
+def build_loader(config: Config, splits: Splits) -> TwoViews:
+    """Both views of the training images, in batches."""
+    options = ViewOptions(config.views, config.image_size, config.batch_size, config.seed)
+    return loaders.train_loader(splits, options, config.device, config.num_workers)
+
+
+def build_features(config: Config, backbone: Backbone, images: dict[str, Images | ImageFiles]) -> dict[str, Features]:
+    """The features of test images, by split; from the cache, if there is one."""
+    folder = None if config.feature_cache == "off" else Path(config.feature_cache)
+    return test_features(backbone, images, preprocessing(config), folder, key(config, "features"))
+
+
+def preprocessing(config: Config) -> Preprocessing:
+    return Preprocessing(config.image_size, config.device, config.num_workers)
+
+
+def start(
+    config: Config,
+    method: Method,
+    loader: Collection,
+    path: Path | None = None,
+    fingerprint: str = "",
+    callbacks: Sequence[Callback] = (),
+) -> Training:
+    """A training that has not begun.
+
+    Args:
+        loader: only its number of steps per epoch is read.
+        path: of `last.cpt`; None: no state is saved.
+        fingerprint: see `checkpoint.fingerprint`.
+    """
+    optimizer = build_optimizer(method, config)
+    scheduler = build_scheduler(optimizer, config, len(loader))
+    loop = Loop(
+        epochs=config.epoch_num,
+        eval_interval=config.eval_interval,
+        patience=config.monitor_counter,
+        log_interval=config.log_interval,
+        save_interval=config.save_interval,
+        detect_anomaly=config.detect_anomaly,
+    )
+    file = StateFile(path, recorded(config), fingerprint) if path else None
+    return Training(method, optimizer, scheduler, loop, len(loader), file, callbacks)
 
 
 # ---------------------------------------------------------------- training
 
 
-def build_optimizer(model: MeCoQ, args: Namespace) -> torch.optim.Optimizer:
-    """Projection and codebooks learn at `lr`, trained blocks at `lr * lr_scaling`; beta decays all (Eq. 14).
-
-    Without `--keep_lr_scaling` the scheduler, if there is one, overwrites the scaled rate: all learn at `lr`.
-    """
-    scaling = args.lr_scaling if args.keep_lr_scaling or args.disable_scheduler else 1.0
-    head = [*model.projection.parameters(), *model.quantizer.parameters()]
-    groups = [
-        {"params": [p for p in parameters if p.requires_grad], "lr": rate}
-        for parameters, rate in ((head, args.lr), (model.backbone.parameters(), args.lr * scaling))
-    ]
-    groups = [group for group in groups if group["params"]]
-    if args.optimizer == "SGD":
-        return torch.optim.SGD(groups, momentum=args.momentum, weight_decay=args.hp_beta)
-    return torch.optim.Adam(groups, weight_decay=args.hp_beta)
-
-
-def build_scheduler(optimizer: torch.optim.Optimizer, args: Namespace, steps_per_epoch: int):  # noqa: ANN201
-    """Warm-up and cosine, stepped every batch; each group keeps its proportion to `--lr`."""
-
-    def factor(step: int) -> float:
-        if args.disable_scheduler:
-            return 1.0
-        return (
-            learning_rate(
-                step, steps_per_epoch, args.epoch_num, args.warmup_epoch_num, args.start_lr, args.lr, args.final_lr
-            )
-            / args.lr
-        )
-
-    return torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
-
-
-def objective(
-    model: MeCoQ, views: Tensor, use_memory: bool, args: Namespace
-) -> tuple[dict[str, Tensor], Tensor, Tensor]:
-    """Eq. 14 without its weight decay, which the optimiser applies.
-
-    Returns the terms and their weighted sum by TensorBoard tag, and of both views the embeddings `[2N, D]` and the
-    soft codes `[2N, M, K]`.
-
-    Args:
-        views: `[2N, 3, S, S]`, the first views of N images, then the second ones.
-        use_memory: whether the code memory's entries act as negatives, Eq. 12-13.
-    """
-    z = model(views)  # [2N, D]
-    quantizer = model.quantizer
-    soft_codes, reconstruction = quantizer(z)  # [2N, M, K], [2N, M, d]
-    codewords = quantizer.codewords()
-    contrastive = loss.contrastive_loss(
-        *reconstruction.flatten(1).chunk(2),
-        model.recall(codewords).flatten(1) if use_memory else None,
-        T=args.T,
-        pos_prior=args.pos_prior,
-        pairing=args.pairing,
-        debias_memory=args.debias_memory,
-        negative_bound=args.negative_bound,
-        normalize_memory=args.normalize_memory,
-    )
-    entropy = loss.code_entropy(soft_codes)
-    diversity = loss.codeword_diversity(codewords)
-    terms = {
-        "loss/simclr_loss": contrastive,
-        "loss/entropy_reg_loss": entropy,
-        "loss/codeword_reg_loss": diversity,
-        "loss/total_loss": contrastive + args.hp_lambda * entropy + args.hp_gamma * diversity,  # Eq. 14
-        "quant_err": loss.quantization_error(quantizer.segments(z), reconstruction),
-    }
-    return terms, z, soft_codes
-
-
-def train_epoch(
-    training: Training, loader: data.TwoViews, args: Namespace, signals: Signals | None = None
-) -> dict[str, float]:
+def train_epoch(training: Training, batches: Collection[Tensor]) -> dict[str, float]:
     """The rest of an epoch, from `training.step` on; returns the means over all its steps. Raises RunError on a
     non-finite loss, and Stopped between two steps, after all has been saved.
 
-    The host never waits for the device but once in `--log_interval` steps, to read the losses of all of them.
+    The host waits for the device once in `log_interval` steps only, to read the losses of all of them.
+
+    Args:
+        batches: views `[2N, 3, S, S]`; its length is that of the whole epoch.
     """
-    model, epoch, signals = training.model, training.epoch, signals or Signals()
-    model.train()
-    loader.batch_sampler.epoch, loader.batch_sampler.first = epoch, training.step
-    use_memory = model.memory is not None and epoch >= args.queue_begin_epoch
-    steps = StepLog(training, len(loader), args.log_interval)
-    with progress_bar(None, f"epoch {epoch}", total=len(loader), done=training.step) as bar:
-        for views in loader:
-            terms, z, soft_codes = objective(model, views, use_memory, args)
+    method, signals = training.method, training.signals
+    method.train()
+    steps = StepLog(training.loop.log_interval, len(batches), training.step, training.note)
+    with progress_bar(None, f"epoch {training.epoch}", total=len(batches), done=training.step) as bar:
+        for views in batches:
+            training.call_back(views)
+            terms = method.loss(views, training.epoch)
             training.optimizer.zero_grad()
-            try:
-                terms["loss/total_loss"].backward()
-            except RuntimeError as error:
-                if "returned nan values" in str(error):  # --detect_anomaly
-                    raise RunError(one_line(error)) from error
-                raise
+            backward(terms["loss/total_loss"])
             steps.add(training.scheduler.get_last_lr()[0], terms)
             training.optimizer.step()
             training.scheduler.step()
-            if model.memory is not None:
-                model.remember(z, soft_codes)
+            method.after_step()
             training.step += 1
             bar.update()
             if steps.last:
                 bar.set_postfix(loss=f"{steps.last['loss/total_loss']:.4f}")
-            if training.step % args.save_interval == 0 or signals.waiting:
+            if training.step % training.loop.save_interval == 0 or signals.waiting:
                 steps.read()
                 training.save()
                 signals.check()
-    return {name: value / len(loader) for name, value in training.sums.items()}
+    return {name: value / len(batches) for name, value in training.sums.items()}
 
 
-class StepLog:
-    """The losses of an epoch's steps: left on the device, read every `interval` steps all at once, added to
-    `training.sums`, and passed on to `training.events`, each with the step it was of.
-
-    `last` holds the newest values that were read, by tag.
-    """
-
-    def __init__(self, training: Training, steps: int, interval: int) -> None:
-        self.training, self.steps, self.interval = training, steps, interval
-        self.waiting: list[tuple[float, Tensor]] = []
-        self.done = training.step
-        self.last: dict[str, float] = {}
-
-    def add(self, lr: float, terms: dict[str, Tensor]) -> None:
-        """Take a step's terms (scalars by tag). Raises RunError where one that is read now is not finite."""
-        self.names = ["lr", *terms]
-        self.waiting.append((lr, torch.stack([term.detach() for term in terms.values()])))
-        if len(self.waiting) == self.interval or self.done + len(self.waiting) == self.steps:
-            self.read()
-
-    def read(self) -> None:
-        """Read what waits. Raises RunError where a loss is not finite."""
-        if self.waiting:
-            rates, values = zip(*self.waiting, strict=True)
-            self.waiting = []
-            for lr, row in zip(rates, torch.stack(values).tolist(), strict=True):
-                self._note(dict(zip(self.names, [lr, *row], strict=True)))
-
-    def _note(self, scalars: dict[str, float]) -> None:
-        total, sums, events = scalars["loss/total_loss"], self.training.sums, self.training.events
-        if not math.isfinite(total):
-            self.training.step = self.done  # an earlier one than that which is being done
-            raise RunError(f"the loss became {total}: try a smaller --lr or a larger --T")
-        for name, value in scalars.items():
-            sums[name] = sums.get(name, 0.0) + value
-            if events:
-                events.add_scalar(name, value, self.training.epoch * self.steps + self.done)
-        self.done += 1
-        self.last = scalars
+def backward(total: Tensor) -> None:
+    """Gradients of the loss. Raises RunError if `--detect_anomaly` finds a non-finite one."""
+    try:
+        total.backward()
+    except RuntimeError as error:
+        if "returned nan values" in str(error):
+            raise RunError(one_line(error)) from error
+        raise
 
 
-def train(
-    training: Training,
-    loader: data.TwoViews,
-    validation: Callable[[], float],
-    args: Namespace,
-    files: Files,
-    watch: Stopwatch,
-    signals: Signals | None = None,
-) -> None:
-    """Train with early stopping, from where `training` stands; the best model by validation MAP is left in `model.cpt`,
-    the state after each epoch in `last.cpt`.
+def train(training: Training, loader: TwoViews, validate: Callable[[], float], model_path: Path) -> None:
+    """Train with early stopping, from where `training` stands; the best model by validation MAP is left in
+    `model_path`, the state after each epoch in `last.cpt`.
 
     Args:
-        loader: see `data.train_loader`.
-        validation: gives the MAP that picks the checkpoint, of the model as it stands.
+        validate: gives the MAP that picks the checkpoint, of the method as it stands.
 
     Raises RunError on a non-finite loss, naming epoch, step and the last good checkpoint, and Stopped on a signal.
     """
-    model, patience, history = training.model, training.patience, training.history
-    signals = signals or Signals()
-    with naming_checkpoint(files.model, training), signals.deferred():
+    signals, watch = training.signals, training.stopwatch
+    with naming_checkpoint(model_path, training), signals.deferred():
         while not training.finished:
-            epoch = training.epoch
-            with watch.measure("train"), torch.autograd.set_detect_anomaly(args.detect_anomaly):
-                means = train_epoch(training, loader, args, signals)
+            loader.set_epoch(training.epoch, training.step)
+            with watch.measure("train"), torch.autograd.set_detect_anomaly(training.loop.detect_anomaly):
+                means = train_epoch(training, loader)
             LOG.info(
                 "epoch %d: avg loss=%.6f, avg quantization error=%.6f",
-                epoch, means["loss/total_loss"], means["quant_err"],
+                training.epoch, means["loss/total_loss"], means.get("quant_err", math.nan),
             )  # fmt: skip
-            last = epoch + 1 == args.epoch_num
-            entry = {"epoch": epoch} | means
-            if last or (epoch + 1) % args.eval_interval == 0:
-                try:
-                    with watch.measure("validate"), signals.deferred(False):
-                        entry["val_mAP"] = value = validation()
-                except Stopped:
-                    training.save()
-                    raise
-                LOG.info("val mAP=%.6f", value)
-                if training.events:
-                    training.events.add_scalar("val_mAP", value, epoch)
-                patience.improved(value)
-            history.append(entry)
-            training.epoch, training.step, training.sums = epoch + 1, 0, {}
-            if patience.exhausted and not last:
-                LOG.info("early stop: no better val mAP in %d evaluations", args.monitor_counter)
-            training.save(if_cheap=True)
+            end_epoch(training, means, validate)
             if training.best_is_now:
-                save_model(model, files.model)
-                training.saved_best = patience.best
+                save_model(training.method, model_path)
+                training.saved_best = training.patience.best
             if signals.waiting:
                 training.save()
                 signals.check()
 
 
+def end_epoch(training: Training, means: dict[str, float], validate: Callable[[], float]) -> None:
+    """Validate, if it is time to, and step on to the next epoch; the state is saved if that is cheap."""
+    epoch, loop, signals = training.epoch, training.loop, training.signals
+    last = epoch + 1 == loop.epochs
+    entry = {"epoch": epoch} | means
+    if last or (epoch + 1) % loop.eval_interval == 0:
+        try:
+            with training.stopwatch.measure("validate"), signals.deferred(False):
+                entry["val_mAP"] = value = validate()
+        except Stopped:
+            training.save()
+            raise
+        LOG.info("val mAP=%.6f", value)
+        if training.events:
+            training.events.add_scalar("val_mAP", value, epoch)
+        training.patience.improved(value)
+    training.history.append(entry)
+    training.epoch, training.step, training.sums = epoch + 1, 0, {}
+    if training.patience.exhausted and not last:
+        LOG.info("early stop: no better val mAP in %d evaluations", loop.patience)
+    training.save(if_cheap=True)
+
+
 @contextmanager
 def naming_checkpoint(path: Path, training: Training) -> Iterator[None]:
-    """Say with the error that ends a training in which step it came and what there is of the run."""
+    """Add to the error that ends a training in which step it came and what is left of the run."""
     try:
         yield
-    except (RunError, OSError, RuntimeError) as error:
+    except (RunError, OSError, RuntimeError, MemoryError) as error:
         dead_worker = "DataLoader worker" in str(error)
         if not isinstance(error, RunError | OSError) and not dead_worker:
             raise
@@ -272,228 +238,162 @@ def naming_checkpoint(path: Path, training: Training) -> Iterator[None]:
         raise RunError(f"{place}: {one_line(error)}; last good checkpoint: {best}") from error
 
 
-# ---------------------------------------------------------------- testing
+# ---------------------------------------------------------------- encoding, validation, test
 
 
 @torch.inference_mode()
-def encode(model: MeCoQ, images: Computed | Cached, hard: bool) -> Tensor:
-    """Hard codes `[n, M]` of images, or their embeddings `[n, D]`, on the run's device, in the images' order.
+def encode(method: Method, batches: Features, output: Callable[[Tensor], Tensor], description: str) -> Tensor:
+    """`output` (`method.codes` or `method.query`) of the embeddings of images `[n, ...]`, on the run's device, in the
+    images' order.
 
-    Raises RunError where an embedding is not finite: its code would mean nothing.
+    Raises RunError if an embedding is not finite: its code would mean nothing.
     """
-    model.eval()
+    method.eval()
     rows, sound = [], []
-    for batch in progress_bar(images, "encode database" if hard else "encode queries"):
-        z = model.embed(batch.float())
+    for batch in progress_bar(batches, description):
+        z = method.embed(batch.float())
         sound.append((z.abs() < 1e15).all())  # not so large, either, that similarities overflow
-        rows.append(model.quantizer.hard_codes(z) if hard else z)
+        rows.append(output(z))
     if not torch.stack(sound).all():
         raise RunError("the embeddings are not finite numbers: try a smaller --lr or a larger --T")
     return torch.cat(rows)
 
 
-def test(
-    model: MeCoQ,
-    features: dict[str, Computed | Cached],
-    splits: data.Splits,
-    args: Namespace,
-    db_codes: Tensor | None = None,
-) -> tuple[retrieval.Metrics, Tensor]:
-    """Encode queries and database (or take `db_codes` for it), rank, measure. Returns the metrics and the database's
-    codes `[n, M]`.
-
-    Args:
-        features: see `features.test_features`.
-    """
-    if db_codes is None:
-        db_codes = encode(model, features["database"], hard=True)
-    queries = encode(model, features["query"], hard=args.symmetric_distance)
-    return measure(retrieval.evaluate, model.quantizer, queries, db_codes, splits, args), db_codes
+def encode_database(method: Method, batches: Features) -> Tensor:
+    """Codes `[n, M]`."""
+    return encode(method, batches, method.codes, "encode database")
 
 
-def validate(model: MeCoQ, features: dict[str, Computed | Cached], splits: data.Splits, args: Namespace) -> float:
-    """MAP@K, as `test` finds it."""
-    queries = encode(model, features["query"], hard=args.symmetric_distance)
-    db_codes = encode(model, features["database"], hard=True)
-    return measure(retrieval.mean_average_precision, model.quantizer, queries, db_codes, splits, args)
-
-
-def tables(quantizer: CodebookAttention, args: Namespace) -> Callable[[Tensor], Tensor]:
-    """What makes tables `[q, M, K]` of some queries, for the similarity that the flags ask for."""
-    codewords = quantizer.codewords()
-    if not codewords.isfinite().all():
-        raise RunError("the codewords are not finite numbers: try a smaller --lr or a larger --T")
-    if args.symmetric_distance:
-        return lambda queries: retrieval.symmetric_tables(queries, codewords)
-    return lambda queries: retrieval.lookup_tables(queries, codewords, args.normalize_query)
+def encode_queries(method: Method, batches: Features) -> Tensor:
+    """What `method.tables` takes, `[Q, ...]`."""
+    return encode(method, batches, method.query, "encode queries")
 
 
 @torch.inference_mode()
 def measure(
-    metric: Callable,
-    quantizer: CodebookAttention,
-    queries: Tensor,
-    db_codes: Tensor,
-    splits: data.Splits,
-    args: Namespace,
-) -> retrieval.Metrics | float:
-    """`retrieval.evaluate` or `retrieval.mean_average_precision` of embeddings (or codes) of the queries and codes of
-    the database, with the similarity that the flags ask for, on the run's device."""
+    metric: Callable[..., retrieval.Metrics | float], method: Method, queries: Tensor, codes: Tensor, splits: Splits,
+    topK: int | None,
+) -> retrieval.Metrics | float:  # fmt: skip
+    """`retrieval.evaluate` or `retrieval.mean_average_precision` of encoded queries and database."""
+    if not all(p.isfinite().all() for name, p in method.named_parameters() if not name.startswith("backbone.")):
+        raise RunError("what is learned are not finite numbers: try a smaller --lr or a larger --T")
+    labels = [torch.from_numpy(part.labels).to(queries.device) for part in (splits.query, splits.database)]
     with progress_bar(None, "rank queries", total=len(queries)) as bar:
-        return metric(
-            tables(quantizer, args),
-            queries,
-            db_codes.to(args.device),
-            torch.from_numpy(splits.query.labels).to(args.device),
-            torch.from_numpy(splits.database.labels).to(args.device),
-            args.topK,
-            on_chunk=bar.update,
-        )
+        return metric(method.tables, queries, codes.to(queries.device), labels, topK, on_chunk=bar.update)
+
+
+def validate(method: Method, features: dict[str, Features], splits: Splits, topK: int | None) -> float:
+    """MAP@K, as `test` finds it."""
+    queries = encode_queries(method, features["query"])
+    codes = encode_database(method, features["database"])
+    return measure(retrieval.mean_average_precision, method, queries, codes, splits, topK)
+
+
+def test(
+    method: Method, features: dict[str, Features], splits: Splits, topK: int | None, codes: Tensor | None = None
+) -> tuple[retrieval.Metrics, Tensor]:
+    """Encode queries and database (or take `codes` for it), rank, measure. Returns the metrics and the database's codes
+    `[n, M]`."""
+    if codes is None:
+        codes = encode_database(method, features["database"])
+    queries = encode_queries(method, features["query"])
+    return measure(retrieval.evaluate, method, queries, codes, splits, topK), codes
 
 
 test.__test__ = False  # not a pytest function
+
+
+def check_codes(codes: np.ndarray, method: Method, images: Images | ImageFiles, how: Preprocessing) -> Tensor:
+    """Saved codes `[n, M]` of the database, once some of its images, encoded anew, have shown that they fit.
+
+    Raises InputError if they do not.
+    """
+    probe = np.linspace(0, len(images), min(64, len(images)), endpoint=False).astype(int)
+    anew = encode_database(method, Computed(method.backbone, images.subset(probe), how)).cpu().numpy()
+    agree, chance = (float((anew == np.roll(codes[probe], shift, axis=0)).mean()) for shift in (0, 1))
+    if agree < chance + 0.8 * (1 - chance):  # rounding differs between devices, a model's codes do not
+        raise InputError(
+            f"db_codes.npy: only {agree:.0%} of the codes of {len(probe)} images are the checkpoint's: move the file "
+            "away to have the database encoded"
+        )
+    LOG.info("database codes as saved (of %d images encoded anew, %.1f%% agree)", len(probe), 100 * agree)
+    return torch.from_numpy(codes.astype(np.uint8 if method.K <= 256 else np.int32))
 
 
 # ---------------------------------------------------------------- a run
 
 
 def run(
-    model: MeCoQ,
-    splits: data.Splits,
-    args: Namespace,
-    files: Files,
-    state: dict | None = None,
-    signals: Signals | None = None,
-    begin: Callable[[], object] = lambda: None,
-) -> dict:
+    config: Config, files: Files, log: Path, state: dict | None = None, signals: Signals | None = None
+) -> dict:  # fmt: skip
     """Train, test the best model, and leave every file of a run. Returns what went into `metrics.json`.
 
     Args:
+        log: where the log is written until the run has all it needs and takes its place.
         state: of `last.cpt`, to go on from there.
-        begin: called when the run has all it needs, before it writes its first file.
     """
-    watch = Stopwatch()
-    loader = data.train_loader(splits, args)
-    training = start(model, loader, args, files.last, fingerprint(splits, model.backbone))
+    splits, method = build(config)
+    loader = build_loader(config, splits)
+    training = start(config, method, loader, files.last, fingerprint(splits, method.backbone))
+    training.signals = signals or training.signals
     if state:
         training.restore(state)
         LOG.info("going on in epoch %d, with step %d", training.epoch, training.step)
-    watch.seconds = training.seconds
-    with watch.measure("features"):
-        known = test_features(model.backbone, splits, args)
-    begin()
-    write_json(files.checkpoints / "config.json", vars(args))
+    with training.stopwatch.measure("features"):
+        images = {"query": splits.query, "database": splits.database}
+        features = build_features(config, method.backbone, images)
+    take_place(files, log, state)
+    write_json(files.checkpoints / "config.json", recorded(config))
     if not state:
         training.save()
     elif training.best_is_now:  # it may have been stopped before it was written
-        save_model(model, files.model)
-    with nullcontext() if args.disable_writer else Events(files.tensorboard) as training.events:
-        train(training, loader, lambda: validate(model, known, splits, args), args, files, watch, signals)
-    if training.history:
-        try:
-            model.load_state_dict(read_state_dict(files.model, "best checkpoint"))
-        except (InputError, RuntimeError) as error:
-            raise RunError(f"{files.model} changed under the run: {error}") from error
-    else:
-        save_model(model, files.model)
-    return report(model, known, splits, args, files, watch, training.history)
+        save_model(method, files.model)
+    with nullcontext() if config.disable_writer else Events(files.tensorboard) as training.events:
+        train(training, loader, lambda: validate(method, features, splits, config.topK), files.model)
+    load_best(training, files.model)
+    digest = sha256(files.model)  # before the test: a file may be replaced
+    with training.stopwatch.measure("test"):
+        metrics, codes = test(method, features, splits, config.topK)
+    told = described(config, splits) | training.summary() | {"model_sha256": digest}
+    return report(files, splits.database.labels, metrics, codes, told)
 
 
-def start(
-    model: MeCoQ, loader: data.TwoViews, args: Namespace, path: Path | None = None, fingerprint: str = ""
-) -> Training:
-    """A training that has not begun; see `Training`."""
-    optimizer = build_optimizer(model, args)
-    return Training(model, optimizer, build_scheduler(optimizer, args, len(loader)), args, path, fingerprint)
+def load_best(training: Training, path: Path) -> None:
+    """Load the best checkpoint of a training; write it if nothing was trained."""
+    if not training.history:
+        save_model(training.method, path)
+        return
+    try:
+        training.method.load_state_dict(read_state_dict(path, "best checkpoint"))
+    except (InputError, RuntimeError) as error:
+        raise RunError(f"{path} changed under the run: {error}") from error
 
 
-def run_test(
-    model: MeCoQ, splits: data.Splits, args: Namespace, files: Files, begin: Callable[[], object] = lambda: None
-) -> dict:
+def run_test(config: Config, files: Files, log: Path) -> dict:
     """Test a model that is trained already. The codes in `db_codes.npy` beside `--checkpoint`, if there are any, stand
-    for the database; under `--limit` it is encoded. `begin`: see `run`."""
-    path = Path(args.checkpoint).with_name("db_codes.npy")
-    codes = saved_codes(path, model, splits.database, args) if path.exists() and args.limit is None else None
-    watch = Stopwatch()
-    with watch.measure("features"):
+    for the database; under `--limit` it is encoded. Returns what went into `metrics.json`."""
+    checkpoint, stopwatch = Path(config.checkpoint), Stopwatch()
+    splits, method = build(config)
+    codes = None
+    if checkpoint.with_name("db_codes.npy").exists() and config.limit is None:
+        saved = read_codes(checkpoint, method.M, method.K, splits.database.labels)
+        codes = check_codes(saved, method, splits.database, preprocessing(config))
+    with stopwatch.measure("features"):
         if codes is None:
-            known = test_features(model.backbone, splits, args)
+            features = build_features(config, method.backbone, {"query": splits.query, "database": splits.database})
         else:  # the queries once: not worth a cache
-            known = {"query": Computed(model.backbone, splits.query, args)}
-    begin()
-    write_json(files.checkpoints / "config.json", vars(args))
-    return report(model, known, splits, args, files, watch, [], codes)
+            features = {"query": Computed(method.backbone, splits.query, preprocessing(config))}
+    take_place(files, log, None)
+    write_json(files.checkpoints / "config.json", recorded(config))
+    digest = sha256(checkpoint)
+    with stopwatch.measure("test"):
+        metrics, codes = test(method, features, splits, config.topK, codes)
+    told = {"epochs_run": 0, "best_epoch": None, "history": [], "seconds": stopwatch.seconds, "model_sha256": digest}
+    return report(files, splits.database.labels, metrics, codes, described(config, splits) | told)
 
 
-def saved_codes(path: Path, model: MeCoQ, database: data.Images | ImageFiles, args: Namespace) -> Tensor:
-    """Codes `[n, M]` of the database from a file, once some of its images, encoded anew, have shown that they fit.
-
-    Raises InputError where they do not.
-    """
-    advice = "move the file away to have the database encoded"
-    codes = read_array(path)
-    if codes.shape != (len(database), args.M) or codes.dtype.kind not in "iu":
-        raise InputError(f"{path} holds {codes.dtype} {list(codes.shape)}, not a code of {args.M} numbers for each of "
-                         f"{len(database)} images: {advice}")  # fmt: skip
-    if codes.min() < 0 or codes.max() >= args.K:
-        raise InputError(f"{path}: a code is {codes.min()} or {codes.max()}, codewords are 0 to {args.K - 1}: {advice}")
-    targets = path.with_name("db_targets.npy")
-    labels = read_array(targets) if targets.exists() else database.labels
-    if labels.ndim == 2 and labels.size and database.labels.ndim == 1:  # one-hot rows for class ids
-        labels = labels.argmax(axis=1)
-    if not np.array_equal(labels, database.labels):
-        raise InputError(f"{targets}: other labels than those of this data set, split and --seed: {advice}")
-    metrics = path.with_name("metrics.json")
-    model_of_codes = read_metrics(metrics).get("model_sha256") if metrics.exists() else None
-    if model_of_codes not in (None, sha256(Path(args.checkpoint))):
-        raise InputError(f"{path} was made with another model than --checkpoint: {advice}")
-    probe = np.linspace(0, len(database), min(64, len(database)), endpoint=False).astype(int)
-    anew = encode(model, Computed(model.backbone, database.subset(probe), args), hard=True).cpu().numpy()
-    agree, chance = (float((anew == np.roll(codes[probe], shift, axis=0)).mean()) for shift in (0, 1))
-    if agree < chance + 0.8 * (1 - chance):  # rounding differs between devices, a model's codes do not
-        raise InputError(f"{path}: only {agree:.0%} of the codes of {len(probe)} images are the checkpoint's: {advice}")
-    LOG.info("database codes from %s (of %d images encoded anew, %.1f%% agree)", path, len(probe), 100 * agree)
-    return torch.from_numpy(codes.astype(np.uint8 if args.K <= 256 else np.int32))
-
-
-def report(
-    model: MeCoQ,
-    features: dict[str, Computed | Cached],
-    splits: data.Splits,
-    args: Namespace,
-    files: Files,
-    watch: Stopwatch,
-    history: list[dict],
-    db_codes: Tensor | None = None,
-) -> dict:
-    """Test the model, log and write every result. Returns what went into `metrics.json`."""
-    digest = sha256(Path(args.checkpoint) if args.test_only else files.model)  # before the test: a file may be replaced
-    with watch.measure("test"):
-        metrics, db_codes = test(model, features, splits, args, db_codes)
-    LOG.info("test mAP=%.6f", metrics.map)
-    precisions = metrics.p_at_k[1].tolist()
-    ranks = [rank for rank in (1, 10, 100, 1000, 5000) if rank <= len(precisions)]
-    LOG.info("test %s", ", ".join(f"P@{rank}={precisions[rank - 1]:.6f}" for rank in ranks))
-    save_results(metrics, db_codes.cpu(), splits.database.labels, args, files)
-    results = {
-        "map": metrics.map,
-        "topK": args.topK,
-        "recipe": args.recipe,
-        "notes": args.notes,
-        "dataset": args.dataset,
-        "bits": code_bits(args),
-        "seed": args.seed,
-        "limit": args.limit,
-        "canonical_data": splits.canonical,
-        "epochs_run": len(history),
-        "best_epoch": max((h for h in history if "val_mAP" in h), key=lambda h: h["val_mAP"], default={}).get("epoch"),
-        "history": history,
-        "seconds": watch.seconds,
-        "peak_memory_mb": peak_memory(args.device),
-        "device": device_name(args.device),
-        "versions": versions(),
-        "model_sha256": digest,
-        "config": vars(args),
-    }
-    write_json(files.checkpoints / "metrics.json", results)
-    return results
+def described(config: Config, splits: Splits) -> dict:
+    """What `metrics.json` says of a run's configuration and images."""
+    flags = {name: getattr(config, name) for name in ("topK", "recipe", "method", "notes", "dataset", "seed", "limit")}
+    bits = {"bits": code_bits(config), "canonical_data": splits.canonical}
+    return flags | bits | {"device": device_name(config.device), "config": recorded(config)}

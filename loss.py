@@ -1,4 +1,4 @@
-"""What is minimised? Equations 6-9 and 12-14 of the paper, as pure functions of tensors.
+"""The losses of the paper, Eq. 6-9 and 12-14, as pure functions of tensors.
 
 Symbols: N images in the batch, M codebooks of K codewords, d = D / M, tau the temperature (`--T`),
 rho the positive prior rho+ (`--pos_prior`). Every function returns a scalar (shape `[]`).
@@ -14,6 +14,7 @@ from torch import Tensor
 def log_negative_term(
     log_negatives: Tensor,
     log_positive: Tensor,
+    *,
     T: float,
     pos_prior: float,
     n: int,
@@ -29,7 +30,7 @@ def log_negative_term(
     (rho = 0) it is the sum alone.
 
     Args:
-        log_negatives: `[B, n]` or more columns, s-_j / tau; -inf where a column is no negative of that row.
+        log_negatives: `[B, n]` or more columns, s-_j / tau; -inf if a column is no negative of that row.
         log_positive: `[B]`, s+ / tau; or `[B, 1]`, which pairs each positive with every row of negatives: `[B, B]`.
         n: how many negatives a row has. It is not counted here: that would make the host wait for the device.
         n_batch: how many of the n are of the batch, not of the memory; all by default.
@@ -43,7 +44,7 @@ def log_negative_term(
         return total
     n_batch = n if n_batch is None else n_batch
     corrected = n if debias_memory else n_batch
-    # log(e^a - e^b) = a + log(1 - e^(b-a)); where b >= a there is none, and the bound below takes over
+    # log(e^a - e^b) = a + log(1 - e^(b-a)); if b >= a there is none, and the bound below takes over
     gap = math.log(corrected * pos_prior) + log_positive - total if corrected else torch.full_like(total, -math.inf)
     least = -torch.finfo(gap.dtype).eps
     difference = total + torch.log(-torch.expm1(gap.clamp(max=least)))  # clamped: a finite gradient everywhere
@@ -93,7 +94,14 @@ def contrastive_loss(
     n_batch = len(queries) - 2
     n = log_negatives.shape[1] - 2  # without the query itself and its positive
     log_negative = log_negative_term(
-        log_negatives, log_positive, T, pos_prior, n, n_batch, debias_memory, negative_bound
+        log_negatives,
+        log_positive,
+        T=T,
+        pos_prior=pos_prior,
+        n=n,
+        n_batch=n_batch,
+        debias_memory=debias_memory,
+        bound=negative_bound,
     )
     return (torch.logaddexp(log_positive, log_negative) - log_positive).mean()
 

@@ -1,15 +1,14 @@
-"""What does a run leave? Its files, and how they are read again."""
+"""The files of a run: where they are, how they are written, and how they are read again."""
 
-import errno
-import io
 import json
-import math
 import platform
+import re
 import resource
 import shutil
+import subprocess
 import sys
+import tokenize
 import zipfile
-from argparse import Namespace
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,11 +16,13 @@ from pathlib import Path
 import numpy as np
 import torch
 import torchvision
+from tensorboard.backend.event_processing.event_file_loader import LegacyEventFileLoader  # keeps values as they are
+from tensorboard.summary.writer.event_file_writer import EventFileWriter
 from torch import Tensor, nn
 from torch.utils.tensorboard import SummaryWriter
 
 from retrieval import Metrics
-from utils import LOG, InputError, atomic_write, one_line, sha256
+from utils import LOG, InputError, atomic_write, one_line, sha256, write_json, write_tensors
 
 RUN_FILES = (
     "config.json", "last.cpt", "model.cpt", "db_codes.npy", "db_targets.npy", "PR_curve.txt", "P_at_topK_curve.txt",
@@ -57,12 +58,16 @@ class Files:
         return self.checkpoints / "last.cpt"
 
     @property
+    def metrics(self) -> Path:
+        return self.checkpoints / "metrics.json"
+
+    @property
     def new_events(self) -> Path:
-        """Where TensorBoard's files are written anew."""
+        """The folder in which TensorBoard's files are written anew."""
         return self.checkpoints / ".events.tmp"
 
     def present(self) -> list[str]:
-        """Which files of a run there are."""
+        """The names of those files of a run that exist."""
         found = [name for name in RUN_FILES if (self.checkpoints / name).exists()]
         return found + [path.name for path in self.events()]
 
@@ -71,69 +76,65 @@ class Files:
         return sorted(self.tensorboard.glob("events.out.tfevents.*"))
 
     def clear(self) -> None:
-        """Remove what an earlier run left, but for its log."""
-        for name in RUN_FILES:
-            (self.checkpoints / name).unlink(missing_ok=True)
-        for path in self.events():
-            path.unlink()
+        """Remove what an earlier run left, but for its log.
+
+        Raises InputError, before anything is removed, if a folder stands in the place of a file.
+        """
+        paths = [*(self.checkpoints / name for name in RUN_FILES), *self.events()]
+        for path in paths:
+            if path.is_dir():
+                raise InputError(f"{path} is a folder in the place of a run's file: move it away")
+        for path in paths:
+            path.unlink(missing_ok=True)
         shutil.rmtree(self.new_events, ignore_errors=True)
 
 
-def write_tensors(content: dict, path: Path) -> None:
-    """`torch.save`, atomically; what is there is replaced only once the new file has been read back. Raises OSError."""
-    buffer = io.BytesIO()  # torch.save itself does not end well on a full disk
-    torch.save(content, buffer)
-    with atomic_write(path, "w+b") as file:
-        file.write(buffer.getbuffer())
-        file.flush()
-        file.seek(0)
-        buffer.seek(0)
-        while part := buffer.read(2**24):
-            if file.read(2**24) != part:
-                raise OSError(errno.EIO, "what was written does not read back")
+# ---------------------------------------------------------------- writing
 
 
 def save_model(model: nn.Module, path: Path) -> None:
-    write_tensors({name: tensor.cpu() for name, tensor in model.state_dict().items()}, path)  # readable without a GPU
+    """The state dict, on the CPU: readable without a GPU."""
+    write_tensors({name: tensor.cpu() for name, tensor in model.state_dict().items()}, path)
 
 
-def save_results(metrics: Metrics, db_codes: Tensor, db_labels: np.ndarray, args: Namespace, files: Files) -> None:
-    """`db_codes.npy` (uint8 for K <= 256, else uint16), `db_targets.npy` and the two curves, two rows each."""
-    codes = db_codes.numpy().astype(np.uint8 if args.K <= 256 else np.uint16)
+def save_results(metrics: Metrics, db_codes: Tensor, db_labels: np.ndarray, folder: Path) -> None:
+    """`db_codes.npy` (uint8, or uint16 for K > 256), `db_targets.npy` and the two curves, two rows each."""
+    codes = db_codes.numpy().astype(np.uint8 if db_codes.dtype == torch.uint8 else np.uint16)
     for name, array in (("db_codes.npy", codes), ("db_targets.npy", db_labels)):
-        with atomic_write(files.checkpoints / name) as file:
+        with atomic_write(folder / name) as file:
             np.save(file, array, allow_pickle=False)
     for name, curve in (("PR_curve.txt", metrics.pr), ("P_at_topK_curve.txt", metrics.p_at_k)):
-        with atomic_write(files.checkpoints / name) as file:
+        with atomic_write(folder / name) as file:
             np.savetxt(file, curve.numpy())
 
 
-def read_array(path: Path, mmap_mode: str | None = None) -> np.ndarray:
-    try:
-        array = np.load(path, mmap_mode, allow_pickle=False)
-    except (OSError, ValueError, EOFError, MemoryError, zipfile.BadZipFile) as error:
-        raise InputError(f"{path} is not a readable .npy file ({one_line(error)}): move it away") from error
-    if not isinstance(array, np.ndarray):
-        raise InputError(f"{path} is not a .npy file but an archive of them: move it away")
-    return array
+def report(files: Files, db_labels: np.ndarray, metrics: Metrics, db_codes: Tensor, told: dict) -> dict:
+    """Log and write every result of a test. Returns what went into `metrics.json`.
 
-
-def read_metrics(path: Path) -> dict:
-    """A run's `metrics.json`. Raises InputError where it is none."""
-    try:
-        metrics = json.loads(path.read_text(encoding="utf-8"))
-        if isinstance(metrics["config"], dict) and isinstance(metrics["map"], float):
-            return metrics
-    except (ValueError, KeyError, TypeError, RecursionError, OSError):
-        pass
-    raise InputError(f"{path} is not the metrics.json of a run: move it away")
+    Args:
+        told: what else goes into `metrics.json`; its `config` names the device.
+    """
+    LOG.info("test mAP=%.6f", metrics.map)
+    precisions = metrics.p_at_k[1].tolist()
+    ranks = [rank for rank in (1, 10, 100, 1000, 5000) if rank <= len(precisions)]
+    LOG.info("test %s", ", ".join(f"P@{rank}={precisions[rank - 1]:.6f}" for rank in ranks))
+    save_results(metrics, db_codes.cpu(), db_labels, files.checkpoints)
+    where = {
+        "peak_memory_mb": peak_memory(told["config"]["device"]),
+        "versions": versions(),
+        "git_commit": git_commit(),
+    }
+    results = {"map": metrics.map} | told | where
+    write_json(files.metrics, results)
+    return results
 
 
 class Events:
-    """TensorBoard's files. Where one can not be written, that is said once and the run goes on without."""
+    """TensorBoard's files. If one cannot be written, that is said once and the run goes on without."""
 
     def __init__(self, folder: Path) -> None:
-        self.writer: SummaryWriter | None = SummaryWriter(str(folder))
+        self.writer: SummaryWriter | None = None
+        self._try(lambda _: setattr(self, "writer", SummaryWriter(str(folder))), always=True)
 
     def add_scalar(self, tag: str, value: float, step: int) -> None:
         self._try(lambda writer: writer.add_scalar(tag, value, step))
@@ -147,48 +148,160 @@ class Events:
     def __exit__(self, *_: object) -> None:
         self._try(lambda writer: writer.close())
 
-    def _try(self, action: Callable[[SummaryWriter], object]) -> None:
+    def _try(self, action: Callable[[SummaryWriter], object], always: bool = False) -> None:
         try:
-            if self.writer:
+            if self.writer or always:
                 action(self.writer)
         except Exception as error:  # whatever its thread met
             self.writer = None
-            LOG.warning("WARNING: TensorBoard's files can not be written (%s): going on without them", one_line(error))
+            LOG.warning("WARNING: TensorBoard's files cannot be written (%s): going on without them", one_line(error))
 
 
-# flags that say where and how a run goes, not what comes out
-NEUTRAL = {
-    "data_root", "detect_anomaly", "device", "disable_writer", "download_cifar10", "feature_cache", "list_root",
-    "log_interval", "notes", "num_workers", "output", "save_interval",
-}  # fmt: skip
+class StepLog:
+    """The losses of an epoch's steps, left on the device and read every `interval` steps all at once.
 
+    `last` holds the newest values that were read, by tag.
 
-def other_flags(args: Namespace, config: dict, ignored: set[str]) -> list[str]:
-    """The flags, but for those `ignored`, that a run with this `config` had otherwise."""
-    return [flag for flag, value in vars(args).items() if flag not in ignored and config.get(flag) != value]
-
-
-def is_finished(files: Files, args: Namespace) -> bool:
-    """Whether the folder of this run holds the results of the same flags, and of the model that is there now.
-
-    Raises InputError where it holds those of other flags: they must not be mistaken for these, nor lost.
+    Args:
+        steps: of the whole epoch.
+        done: how many of them were done before.
+        note: called with each step and its values, by tag.
     """
-    path = files.checkpoints / "metrics.json"
-    if not path.exists():
-        return False
-    metrics = read_metrics(path)
-    config = metrics["config"]
-    others = other_flags(args, config, NEUTRAL)
-    if others:
-        values = ", ".join(f"{flag}={config.get(flag)}" for flag in others)
-        raise InputError(f"{files.checkpoints} holds a run with {values}: give this one another --output or --notes")
-    model = Path(args.checkpoint) if args.test_only else files.model
-    return model.exists() and metrics.get("model_sha256") == sha256(model)
+
+    def __init__(self, interval: int, steps: int, done: int, note: Callable[[int, dict[str, float]], object]) -> None:
+        self.interval, self.steps, self.done, self.note = interval, steps, done, note
+        self.names: list[str] = []
+        self.waiting: list[tuple[float, Tensor]] = []
+        self.last: dict[str, float] = {}
+
+    def add(self, lr: float, terms: dict[str, Tensor]) -> None:
+        """Take a step's terms (scalars by tag)."""
+        self.names = ["lr", *terms]
+        self.waiting.append((lr, torch.stack([term.detach() for term in terms.values()])))
+        if len(self.waiting) == self.interval or self.done + len(self.waiting) == self.steps:
+            self.read()
+
+    def read(self) -> None:
+        """Read what waits on the device."""
+        if self.waiting:
+            rates, values = zip(*self.waiting, strict=True)
+            self.waiting = []
+            for lr, row in zip(rates, torch.stack(values).tolist(), strict=True):
+                self.last = dict(zip(self.names, [lr, *row], strict=True))
+                self.note(self.done, self.last)
+                self.done += 1
 
 
-def code_bits(args: Namespace) -> int:
-    """Bits of an image's code: M log2 K."""
-    return round(args.M * math.log2(args.K))
+# ---------------------------------------------------------------- going on in the files of an earlier run
+
+
+def take_place(files: Files, log: Path, state: dict | None) -> None:
+    """Let a run take its place, now that it has all it needs: what an earlier one left is removed, or, if it goes on
+    from a state, what the log and TensorBoard tell beyond that: it will be told again.
+
+    Args:
+        log: the file that the run writes its log to until now; it becomes `files.log`.
+    """
+    kept = []
+    if state:
+        kept = _log_before(files.log, state["epoch"])
+        _cut_events(files, state["epoch"], state["steps"])
+    else:
+        files.clear()
+    if log != files.log:
+        log.write_text("".join(kept) + log.read_text(encoding="utf-8"), encoding="utf-8")  # it is open, to append
+        log.replace(files.log)
+
+
+EPOCH_LINE = re.compile(r" - epoch (\d+): avg loss=")
+OF_EPOCH = re.compile(r" - (epoch \d+: avg loss=|val mAP=|early stop: )")
+OF_TEST = re.compile(r" - test (mAP=|P@)")
+
+
+def _log_before(path: Path, epoch: int) -> list[str]:
+    """The lines of a log but for those of epochs from `epoch` on and of the test."""
+    kept, again = [], False
+    lines = path.read_text(encoding="utf-8", errors="replace").splitlines() if path.exists() else []
+    for line in lines:
+        found = EPOCH_LINE.search(line)
+        again = int(found[1]) >= epoch if found else again
+        if not (again and OF_EPOCH.search(line)) and not OF_TEST.search(line):
+            kept.append(line + "\n")
+    return kept
+
+
+def _cut_events(files: Files, epoch: int, step: int) -> None:
+    """Leave TensorBoard's values of earlier steps and epochs, once each."""
+    old = files.events()
+    if not old:
+        return
+    shutil.rmtree(files.new_events, ignore_errors=True)
+    writer, seen = EventFileWriter(str(files.new_events)), set()
+    for path in old:
+        for event in LegacyEventFileLoader(str(path)).Load():
+            for value in event.summary.value:
+                repeated = (value.tag, event.step) in seen
+                seen.add((value.tag, event.step))
+                if not repeated and event.step < (epoch if value.tag == "val_mAP" else step):
+                    writer.add_event(event)
+    writer.flush()
+    writer.close()
+    for path in list(files.new_events.iterdir()):
+        shutil.move(path, files.tensorboard / path.name)
+    for path in old:
+        path.unlink()
+    files.new_events.rmdir()
+
+
+# ---------------------------------------------------------------- reading
+
+
+def read_array(path: Path, mmap_mode: str | None = None) -> np.ndarray:
+    """The array in a .npy file. Raises InputError if there is none."""
+    try:
+        array = np.load(path, mmap_mode, allow_pickle=False)
+    except (OSError, ValueError, EOFError, MemoryError, SyntaxError, tokenize.TokenError, zipfile.BadZipFile) as error:
+        raise InputError(f"{path} is not a readable .npy file ({one_line(error)[:200]}): move it away") from error
+    if not isinstance(array, np.ndarray):
+        raise InputError(f"{path} is not a .npy file but an archive of them: move it away")
+    return array
+
+
+def read_metrics(path: Path) -> dict:
+    """A run's `metrics.json`. Raises InputError if it is none."""
+    try:
+        metrics = json.loads(path.read_text(encoding="utf-8"))
+        if isinstance(metrics["config"], dict) and isinstance(metrics["map"], float):
+            return metrics
+    except (ValueError, KeyError, TypeError, RecursionError, OSError):
+        pass
+    raise InputError(f"{path} is not the metrics.json of a run: move it away")
+
+
+def read_codes(checkpoint: Path, M: int, K: int, db_labels: np.ndarray) -> np.ndarray:
+    """The database's codes `[n, M]` beside a checkpoint, in the form that the file has.
+
+    Raises InputError if they are not codes from 0 to K - 1 of images with these labels, or of another model.
+    """
+    path = checkpoint.with_name("db_codes.npy")
+    advice = "move the file away to have the database encoded"
+    codes = read_array(path)
+    if codes.shape != (len(db_labels), M) or codes.dtype.kind not in "iu":
+        raise InputError(f"{path} holds {codes.dtype} {list(codes.shape)}, not a code of {M} numbers for each of "
+                         f"{len(db_labels)} images: {advice}")  # fmt: skip
+    if codes.min() < 0 or codes.max() >= K:
+        raise InputError(f"{path}: a code is {codes.min()} or {codes.max()}, codewords are 0 to {K - 1}: {advice}")
+    targets = path.with_name("db_targets.npy")
+    labels = read_array(targets) if targets.exists() else db_labels
+    if labels.ndim == 2 and labels.size and db_labels.ndim == 1:  # one-hot rows for class ids
+        labels = labels.argmax(axis=1)
+    if not np.array_equal(labels, db_labels):
+        raise InputError(f"{targets}: other labels than those of this data set, split and --seed: {advice}")
+    metrics = path.with_name("metrics.json")
+    model_of_codes = read_metrics(metrics).get("model_sha256") if metrics.exists() else None
+    if model_of_codes not in (None, sha256(checkpoint)):
+        raise InputError(f"{path} was made with another model than --checkpoint: {advice}")
+    return codes
 
 
 # ---------------------------------------------------------------- where it ran
@@ -204,16 +317,21 @@ def peak_memory(device: str) -> dict[str, float | None]:
     return {"process": process, "largest_worker": worker, "gpu": gpu}
 
 
-def device_name(device: str) -> str:
-    if device.startswith("cuda"):
-        return torch.cuda.get_device_name(device)
-    return f"cpu ({platform.processor() or platform.machine()}, {torch.get_num_threads()} threads)"
-
-
-def versions() -> dict[str, str]:
+def versions() -> dict[str, str | None]:
+    """Versions of Python, of the libraries that decide numbers, and of this project."""
     return {
         "python": platform.python_version(),
         "torch": torch.__version__,
         "torchvision": torchvision.__version__,
         "numpy": np.__version__,
     }
+
+
+def git_commit() -> str | None:
+    """The commit of this project's checkout, with "-dirty" behind it if files were changed; None outside git."""
+    folder = str(Path(__file__).parent)
+    command = ["git", "-C", folder, "describe", "--always", "--abbrev=40", "--dirty", "--exclude=*"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip()  # noqa: S603
+    except (OSError, subprocess.SubprocessError):
+        return None

@@ -1,10 +1,11 @@
-"""How good is it? Lookup tables, ranking and metrics, as pure functions of tensors.
+"""Lookup tables, ranking and metrics, as pure functions of tensors.
 
 Q queries, n database images, M codebooks of K codewords. Scores are similarities: larger is nearer. Equal scores
-rank in database order, so a result does not depend on the device. Metrics are averaged in float64.
+rank in database order, so a result does not depend on the device. Metrics are averaged in float64. The labels of
+queries and database are class ids `[Q]`, `[n]`, or multi-hot rows `[Q, L]`, `[n, L]`.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
@@ -81,8 +82,7 @@ def evaluate(
     tables: Callable[[Tensor], Tensor],
     queries: Tensor,
     db_codes: Tensor,
-    query_labels: Tensor,
-    db_labels: Tensor,
+    labels: Sequence[Tensor],
     topK: int | None = None,
     on_chunk: Callable[[int], object] = lambda queries: None,
 ) -> Metrics:
@@ -91,10 +91,10 @@ def evaluate(
     A query without any relevant image counts with AP, recall and precision 0.
 
     Args:
-        tables: makes some of the queries' tables `[q, M, K]`, by `lookup_tables` or `symmetric_tables`.
+        tables: makes the tables of some queries `[q, M, K]`, by `lookup_tables` or `symmetric_tables`.
         queries: `[Q, ...]`, what `tables` takes: embeddings or codes.
         db_codes: `[n, M]` integer codes.
-        query_labels, db_labels: class ids `[Q]`, `[n]`, or multi-hot `[Q, L]`, `[n, L]`.
+        labels: of queries and database.
         topK: the K of MAP@K; None or anything above n means the whole database.
         on_chunk: called with the number of queries done after each chunk (a progress bar).
     """
@@ -103,7 +103,7 @@ def evaluate(
     ap_sum = 0.0
     sums = torch.zeros(2, n, dtype=torch.float64, device=db_codes.device)  # by rank: 1 / all relevant, and 1, of a hit
     score = partial(_table_scores, tables, db_codes)
-    for scores, relevant in _scored(score, queries, query_labels, db_labels, tables(queries[:1]).numel()):
+    for scores, relevant in _scored(score, queries, labels, tables(queries[:1]).numel()):
         ranked = ranked_relevance(scores, relevant, n)
         ap_sum += float(average_precision(ranked[:, :topK]).sum())
         share = 1 / ranked.sum(dim=1).clamp(min=1).double()
@@ -119,35 +119,34 @@ def mean_average_precision(
     tables: Callable[[Tensor], Tensor],
     queries: Tensor,
     db_codes: Tensor,
-    query_labels: Tensor,
-    db_labels: Tensor,
+    labels: Sequence[Tensor],
     topK: int | None = None,
     on_chunk: Callable[[int], object] = lambda queries: None,
 ) -> float:
     """MAP@K alone, the same number as `evaluate` gives: the first K are found without ranking the rest."""
     score = partial(_table_scores, tables, db_codes)
     width = tables(queries[:1]).numel()
-    return float(average_precisions(score, queries, query_labels, db_labels, topK, on_chunk, width).mean())
+    return float(average_precisions(score, queries, labels, topK, on_chunk, width).mean())
 
 
 def average_precisions(
     score: Callable[[Tensor], Tensor],
     queries: Tensor,
-    query_labels: Tensor,
-    db_labels: Tensor,
+    labels: Sequence[Tensor],
     topK: int | None = None,
     on_chunk: Callable[[int], object] = lambda queries: None,
     width: int = 0,
 ) -> Tensor:
-    """AP@K of each query, `[Q]` float64, for any similarity: `score` gives that of some of the queries to the whole
+    """AP@K of each query, `[Q]` float64, for any similarity: `score` gives that of some queries to the whole
     database, `[q, n]` float32.
 
     Args:
         width: what else a query needs while it is scored, in numbers.
     """
-    topK = min(topK or len(db_labels), len(db_labels))
+    n = len(labels[1])
+    topK = min(topK or n, n)
     found = []
-    for scores, relevant in _scored(score, queries, query_labels, db_labels, width):
+    for scores, relevant in _scored(score, queries, labels, width):
         found.append(average_precision(ranked_relevance(scores, relevant, topK)))
         on_chunk(len(scores))
     return torch.cat(found)
@@ -207,9 +206,10 @@ def _table_scores(tables: Callable[[Tensor], Tensor], db_codes: Tensor, queries:
 
 
 def _scored(
-    score: Callable[[Tensor], Tensor], queries: Tensor, query_labels: Tensor, db_labels: Tensor, width: int
+    score: Callable[[Tensor], Tensor], queries: Tensor, labels: Sequence[Tensor], width: int
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """Scores and relevance `[q, n]` of some queries after the other, few enough to keep within `CHUNK_ELEMENTS`."""
+    """Scores and relevance `[q, n]` of a few queries after the other, so that they keep within `CHUNK_ELEMENTS`."""
+    query_labels, db_labels = labels
     chunk = max(1, CHUNK_ELEMENTS[db_labels.device.type] // max(len(db_labels), width))
     for start in range(0, len(queries), chunk):
         part = slice(start, start + chunk)

@@ -1,18 +1,25 @@
-"""What does everyone need? Errors, seeding, logging, the learning-rate schedule, patience, atomic files."""
+"""Errors, seeding, logging, progress bars, locks and atomic files.
+
+PyTorch is imported inside the functions that need it: `--help`, `--dry_run` and a wrong flag must not wait for it.
+"""
 
 import argparse
 import atexit
+import errno
 import fcntl
 import hashlib
+import importlib
+import io
 import json
 import logging
-import math
 import multiprocessing
 import os
 import random
 import signal
+import stat
 import sys
 import tempfile
+import time
 import zipfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -20,23 +27,24 @@ from pathlib import Path
 from typing import IO, Any, NoReturn
 
 import numpy as np
-import torch
-from torch import Tensor
 from tqdm import tqdm
 
 LOG = logging.getLogger("mecoq")
 
 
+# ---------------------------------------------------------------- errors and how a program ends
+
+
 class InputError(Exception):
-    """The user's input is wrong (a flag, a file, a missing data set): one line, exit code 2."""
+    """Wrong input (a flag, a file, a missing data set): one line, exit code 2."""
 
 
 class RunError(Exception):
-    """The run itself went wrong (a non-finite loss): one line, exit code 1."""
+    """A run that failed (a non-finite loss, a full disk): one line, exit code 1."""
 
 
 class Stopped(KeyboardInterrupt):
-    """A signal ends the run: one line, exit code 128 + its number."""
+    """A signal that ends the run: one line, exit code 128 + its number."""
 
     def __init__(self, number: int) -> None:
         super().__init__(f"stopped by {signal.Signals(number).name}: go on with --resume")
@@ -44,29 +52,52 @@ class Stopped(KeyboardInterrupt):
 
 
 class Parser(argparse.ArgumentParser):
-    """Says what is wrong in one line instead of printing the usage."""
+    """An argument parser that says what is wrong in one line instead of printing the usage."""
 
     def error(self, message: str) -> NoReturn:
         raise InputError(message.removeprefix("argument "))
 
 
 def run_script(script: Callable[[], int | None]) -> int:
-    """Call what a script does; wrong input and failing files end in one line. Returns the exit code: 0, 2 or 1."""
+    """Call a script's main function; wrong input and failing files end in one line.
+
+    Returns the exit code: 0; 2 for wrong input, 1 for a failed run, 128 + number for a signal, 141 if the reader of
+    standard output went away.
+    """
     try:
-        return script() or 0
+        code = script() or 0
+        if sys.stdout:
+            sys.stdout.flush()
+        return code
+    except BrokenPipeError:
+        _discard_output()
+        return 128 + signal.SIGPIPE
     except (InputError, RunError, OSError) as error:  # OSError: a file failed under a sound run
-        print(f"error: {one_line(error)}", file=sys.stderr)
+        _say(f"error: {one_line(error)}")
         return 2 if isinstance(error, InputError) else 1
     except Stopped as error:
-        print(error, file=sys.stderr)
+        _say(str(error))
         return 128 + error.number
     except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
+        _say("interrupted")
         return 130
 
 
+def _say(line: str) -> None:
+    """Print to standard error, if there is one."""
+    with suppress(OSError, ValueError):
+        if sys.stderr:
+            print(line, file=sys.stderr)
+
+
+def _discard_output() -> None:
+    """Let Python's last flush of a closed pipe go to nowhere."""
+    with suppress(OSError, ValueError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
 def one_line(error: BaseException) -> str:
-    """The error's message without line breaks, whatever a library's looks like; its type where it has none.
+    """The error's message without line breaks, or its type if it has none.
 
     Of an error that PyTorch passes on from a worker, wrapped into the worker's traceback, the message alone.
     """
@@ -76,8 +107,39 @@ def one_line(error: BaseException) -> str:
     return " ".join(text.split()) or type(error).__name__
 
 
+# PyTorch's words on a GPU, on a CPU, and when the shared memory of its workers is full
+OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "bus error", "Bus error", "killed by signal: Killed")
+
+
+@contextmanager
+def naming_lack_of_memory() -> Iterator[None]:
+    """Raise RunError in one line if memory runs out or a worker dies."""
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        if "DataLoader worker" in str(error) and OUT_OF_MEMORY[-1] not in str(error):
+            raise RunError(one_line(error)) from error
+        if not isinstance(error, MemoryError) and not any(words in str(error) for words in OUT_OF_MEMORY):
+            raise
+        reason = one_line(error)[:200]
+        raise RunError(
+            f"out of memory ({reason}): try a smaller --batch_size, --num_workers, --queue_size or --K"
+        ) from error
+
+
+def load_object(path: str) -> Any:
+    """The object that a registry row names as "module:name"; its module is imported now."""
+    module, _, name = path.partition(":")
+    return getattr(importlib.import_module(module), name)
+
+
+# ---------------------------------------------------------------- seeding, time, workers
+
+
 def seed_everything(seed: int) -> None:
     """Seed every global generator (0 <= seed < 2^32). Data order and views do not use them: see `sample_seed`."""
+    import torch
+
     random.seed(seed)
     np.random.seed(seed)
     torch.manual_seed(seed)
@@ -89,87 +151,84 @@ def sample_seed(*parts: int) -> int:
     return (int(words[0]) << 31) ^ int(words[1])
 
 
-def learning_rate(
-    step: int, steps_per_epoch: int, epochs: int, warmup_epochs: int, start: float, base: float, final: float
-) -> float:
-    """Learning rate of one optimisation step (0-based): a linear rise from `start` to `base` whose last
-    warm-up step has reached `base`, then half a cosine from `base` towards `final`."""
-    warmup = warmup_epochs * steps_per_epoch
-    if step < warmup:
-        return start + (base - start) * step / max(warmup - 1, 1)
-    progress = (step - warmup) / max(epochs * steps_per_epoch - warmup, 1)
-    return final + (base - final) * (1 + math.cos(math.pi * progress)) / 2
+class Stopwatch:
+    """Seconds spent in each phase of a run."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+
+    @contextmanager
+    def measure(self, phase: str) -> Iterator[None]:
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.seconds[phase] = self.seconds.get(phase, 0.0) + time.perf_counter() - start
 
 
-CPU_CHUNK = 32  # images: about what a CPU's caches hold the activations of
-
-
-def by_chunks(function: Callable[..., Tensor], *tensors: Tensor) -> Tensor:
-    """`function` of tensors with a row an image; on a CPU of `CPU_CHUNK` rows at a time, which is two to three times
-    as fast."""
-    rows = CPU_CHUNK if tensors[0].device.type == "cpu" else max(len(tensors[0]), 1)
-    return torch.cat([function(*part) for part in zip(*(tensor.split(rows) for tensor in tensors), strict=True)])
-
-
-class Patience:
-    """Keeps the best value seen and says when `limit` values in a row were no better."""
-
-    def __init__(self, limit: int) -> None:
-        self.limit = limit
-        self.best = -math.inf
-        self.worse_in_a_row = 0
-
-    def improved(self, value: float) -> bool:
-        """Take the next value; True where it is strictly better than all before it."""
-        if value > self.best:
-            self.best, self.worse_in_a_row = value, 0
-            return True
-        self.worse_in_a_row += 1
-        return False
-
-    @property
-    def exhausted(self) -> bool:
-        return self.worse_in_a_row >= self.limit
+def worker_count(num_workers: int) -> int:
+    """`num_workers`, but never more than there are cores: they would only wait for each other."""
+    return min(num_workers, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count())
 
 
 def leave_signals(_: int) -> None:
-    """For worker processes: signals that a whole group gets are the main one's business, which finishes its step."""
+    """Ignore, in a worker process, the signals that a whole group gets: the main process finishes its step first."""
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
         signal.signal(number, signal.SIG_IGN)
 
 
 @atexit.register
 def _end_workers() -> None:
-    """They would ignore the signal by which Python asks those that are left to end, and waits."""
+    """Kill what workers are left: they ignore the signal by which Python asks them to end."""
     for worker in multiprocessing.active_children():
         worker.kill()
 
 
+# ---------------------------------------------------------------- progress and logging
+
+
 def progress_bar(iterable: Any, description: str, total: int | None = None, done: int = 0) -> tqdm:
-    """A tqdm bar that is silent where standard error is no terminal."""
-    quiet = not sys.stderr.isatty()
+    """A tqdm bar that is silent if standard error is not a terminal."""
+    quiet = sys.stderr is None or not sys.stderr.isatty()
     return tqdm(iterable, desc=description, total=total, initial=done, leave=False, disable=quiet)
 
 
-class _LogThroughTqdm(logging.StreamHandler):
-    """Writes log lines to standard output without tearing a progress bar."""
+class _Screen(logging.StreamHandler):
+    """Log lines on standard output that do not tear a progress bar; a closed output is given up without a word."""
 
     def emit(self, record: logging.LogRecord) -> None:
-        with tqdm.external_write_mode(file=self.stream):
-            super().emit(record)
+        if self.stream is not None:
+            with tqdm.external_write_mode(file=self.stream):
+                super().emit(record)
+
+    def handleError(self, _: logging.LogRecord) -> None:  # noqa: N802
+        _discard_output()
+        self.stream = None
+
+
+class _LogFile(logging.FileHandler):
+    """A log file that says once that it cannot be written; a log never ends a run."""
+
+    failed = False
+
+    def handleError(self, _: logging.LogRecord) -> None:  # noqa: N802
+        if not self.failed:
+            _say(f"WARNING: cannot write to {self.baseFilename}: {one_line(sys.exc_info()[1])}")
+        self.failed = True
 
 
 @contextmanager
 def new_log(path: Path, beside: bool) -> Iterator[Path]:
-    """Where to write a log: `path`, or a file `beside` it, which the context may rename onto `path`; if it does not,
-    the file is removed.
+    """The file to write a log to: `path`, or a file `beside` it, which the context may rename onto `path`; if it does
+    not, the file is removed.
 
-    Raises InputError where `path` can not be written.
+    Raises InputError if `path` cannot be written.
     """
     temporary = path.with_name(f".{path.name}.tmp")
     try:
         temporary.unlink(missing_ok=True)
         if path.exists():
+            check_regular(path)
             with path.open("a"):
                 pass
     except OSError as error:
@@ -177,14 +236,48 @@ def new_log(path: Path, beside: bool) -> Iterator[Path]:
     try:
         yield temporary if beside else path
     finally:
-        temporary.unlink(missing_ok=True)
+        with suppress(OSError):
+            temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def logging_to(path: Path) -> Iterator[None]:
+    """Show log lines on the screen and append them to `path`; the last is the error that ends the context, if any.
+
+    Raises InputError if `path` cannot be written.
+    """
+    formatter = logging.Formatter("%(asctime)s - %(message)s")
+    try:
+        handlers = [_Screen(sys.stdout), _LogFile(path, encoding="utf-8")]
+        handlers[0].stream = sys.stdout  # None, if it is closed; StreamHandler would take standard error then
+    except OSError as error:
+        raise InputError(f"cannot write to {path}: {error.strerror}; name another folder") from error
+    LOG.setLevel(logging.INFO)
+    LOG.propagate = False
+    for handler in handlers:
+        handler.setFormatter(formatter)
+        LOG.addHandler(handler)
+    try:
+        yield
+    except BaseException as error:
+        LOG.removeHandler(handlers[0])  # the screen is told by `run_script`
+        LOG.error("%s" if isinstance(error, Stopped) else "stopped: %s", one_line(error))
+        raise
+    finally:
+        for handler in handlers:
+            LOG.removeHandler(handler)
+        with suppress(OSError):
+            handlers[1].close()
+
+
+# ---------------------------------------------------------------- files
 
 
 @contextmanager
 def locked(path: Path, busy: str, wait: bool) -> Iterator[None]:
-    """Held by one process at a time (`busy` says who has it now); the system lets go of it when the process dies.
+    """A lock held by one process at a time (`busy` says who has it now); the system frees it when the process dies.
 
-    Raises InputError where another process holds it, if not to `wait` for that.
+    Raises InputError if another process holds it and `wait` is False.
     """
     try:
         file = path.open("w")
@@ -196,58 +289,26 @@ def locked(path: Path, busy: str, wait: bool) -> Iterator[None]:
         except (BlockingIOError, PermissionError):
             if not wait:
                 raise InputError(busy) from None
-            LOG.warning(busy)  # seen without a log, too
+            LOG.warning(busy)  # shown without a log, too
             fcntl.lockf(file, fcntl.LOCK_EX)
         yield
 
 
-class _LogFile(logging.FileHandler):
-    """Where the file can not be written, that is said once and the run goes on."""
-
-    def handleError(self, _: logging.LogRecord) -> None:  # noqa: N802
-        if not self.failed:
-            print(f"WARNING: cannot write to {self.baseFilename}: {one_line(sys.exc_info()[1])}", file=sys.stderr)
-        self.failed = True
-
-    failed = False
-
-
-@contextmanager
-def logging_to(path: Path) -> Iterator[None]:
-    """Log lines go to the screen and are appended to `path`, at last the error that ends the context, if one does.
-
-    Raises InputError where `path` can not be written.
-    """
-    formatter = logging.Formatter("%(asctime)s - %(message)s")
-    try:
-        handlers = [_LogThroughTqdm(sys.stdout), _LogFile(path, encoding="utf-8")]
-    except OSError as error:
-        raise InputError(f"cannot write to {path}: {error.strerror}; name another folder") from error
-    LOG.setLevel(logging.INFO)
-    LOG.propagate = False
-    for handler in handlers:
-        handler.setFormatter(formatter)
-        LOG.addHandler(handler)
-    try:
-        yield
-    except BaseException as error:
-        LOG.removeHandler(handlers[0])  # the screen is told by `main`
-        LOG.error("%s" if isinstance(error, Stopped) else "stopped: %s", one_line(error))
-        raise
-    finally:
-        for handler in handlers:
-            LOG.removeHandler(handler)
-        with suppress(OSError):
-            handlers[1].close()
+def check_regular(path: Path) -> None:
+    """Raise InputError if `path` is there and is not a regular file: a folder, a device, a pipe."""
+    if path.exists() and not stat.S_ISREG(path.stat().st_mode):
+        raise InputError(f"{path} is not a regular file: name another one")
 
 
 @contextmanager
 def atomic_write(path: Path, mode: str = "wb") -> Iterator[IO]:
     """Open a temporary file beside `path` and rename it onto `path` once all is written and on disk.
 
-    Whatever happens, `path` holds either its old content or the whole new one. What a killed run leaves is
-    overwritten by the next.
+    Whatever happens, `path` holds either its old content or the whole new one. What a killed run leaves is overwritten
+    by the next. Of a link, the target is written. Raises InputError if `path` is there and is not a regular file.
     """
+    path = path.resolve() if path.is_symlink() else path
+    check_regular(path)
     temporary = path.with_name(f".{path.name}.tmp")
     try:
         with temporary.open(mode, encoding=None if "b" in mode else "utf-8") as file:
@@ -270,9 +331,30 @@ def write_json(path: Path, content: dict) -> None:
         file.write("\n")
 
 
+def write_tensors(content: dict, path: Path) -> None:
+    """`torch.save`, atomically; the old file is replaced only once the new one has been read back. Raises OSError."""
+    import torch
+
+    buffer = io.BytesIO()  # torch.save itself does not end well on a full disk
+    torch.save(content, buffer)
+    with atomic_write(path, "w+b") as file:
+        file.write(buffer.getbuffer())
+        file.flush()
+        file.seek(0)
+        buffer.seek(0)
+        while part := buffer.read(2**24):
+            if file.read(2**24) != part:
+                raise OSError(errno.EIO, "what was written does not read back")
+
+
 def load_tensors(path: Path) -> Any:
-    """What `torch.save` wrote, tensors and plain values, on the CPU. The sums in the file are checked, which
-    `torch.load` does not do. Raises nearly anything where it is damaged, or holds more."""
+    """The content of a file that `torch.save` wrote, tensors and plain values, on the CPU.
+
+    The checksums in the file are checked, which `torch.load` does not do. Raises nearly anything if it is damaged or
+    holds more.
+    """
+    import torch
+
     if zipfile.is_zipfile(path):
         with zipfile.ZipFile(path) as archive:
             damaged = archive.testzip()
@@ -282,7 +364,7 @@ def load_tensors(path: Path) -> Any:
 
 
 def sha256(path: Path) -> str:
-    """Of a file's content, in hexadecimal."""
+    """SHA-256 of a file's content, in hexadecimal."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
@@ -290,11 +372,12 @@ def sha256(path: Path) -> str:
 def check_writable(folder: Path) -> None:
     """Create `folder` and prove that a file can be written there.
 
-    Raises InputError with the reason where it can not.
+    Raises InputError with the reason if it cannot.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder):
             pass
-    except OSError as error:
-        raise InputError(f"cannot write to {folder}: {error.strerror}; name another folder") from error
+    except (OSError, UnicodeError) as error:
+        reason = getattr(error, "strerror", None) or "its name is not UTF-8"
+        raise InputError(f"cannot write to {folder}: {reason}; name another folder") from error

@@ -21,7 +21,7 @@ from utils import InputError, progress_bar, run_script
 try:
     from experiments import baselines
 except ImportError:
-    shallow = None
+    baselines = None
 
 EXACT = "exact search on the features"
 
@@ -65,7 +65,7 @@ def table(frame: "sweep.pd.DataFrame", dataset: str) -> "sweep.pd.DataFrame":
 
 def main(argv: list[str] | None = None) -> None:
     own, flags = sweep.parse(sweep.build_parser(__doc__), argv)
-    if shallow is None:
+    if baselines is None:
         raise InputError("faiss-cpu is needed: pip install -r requirements-extra.txt")
     methods = [*baselines.METHODS, "exact"]
     order = [(dataset, seed, bits) for dataset in own.datasets for seed in own.seeds for bits in own.bits]

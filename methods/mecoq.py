@@ -1,218 +1,18 @@
-"""What is learned? Backbones, codebook attention (the quantizer), the code memory, and MeCoQ made of them."""
+"""MeCoQ: codebook attention (the quantizer), the code memory, and the objective of Eq. 14."""
 
-import itertools
-import pickle
-import sys
-from collections.abc import Callable
-from contextlib import nullcontext
+from argparse import Namespace
+from dataclasses import dataclass
 from pathlib import Path
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
-import torchvision
 from torch import Tensor, nn
 
-from utils import CPU_CHUNK, InputError, by_chunks, load_tensors, one_line
-
-# ---------------------------------------------------------------- backbones
-
-
-class Backbone(nn.Module):
-    """Images `[B, 3, S, S]` -> features `[B, dim]`: frozen blocks, then the trained ones.
-
-    `net` keeps the names that torchvision gives its parameters. The frozen blocks run without gradients, in bfloat16
-    if asked; their dropout is active in training mode, their batch statistics never change. The first of them are the
-    prefix, whose output for a test image can be kept (`features.py`): all of the frozen blocks, but for VGG16 with one
-    trained layer, which shares its prefix, the convolutions, with two.
-    """
-
-    def __init__(self, net: nn.Module, blocks: list[nn.Module], dim: int, trained: int, bf16: bool) -> None:
-        super().__init__()
-        self.net, self.dim, self.bf16 = net, dim, bf16
-        self.split = len(blocks) - trained
-        self.cut = min(self.split, 1) if isinstance(net, torchvision.models.VGG) and trained else self.split
-        self.blocks = tuple(blocks)  # a tuple: they are registered in `net` already
-        self.compiled: Callable | None = None
-        self.net.requires_grad_(False)
-        for block in self.blocks[self.split :]:
-            block.requires_grad_(True)
-
-    def train(self, mode: bool = True) -> "Backbone":
-        super().train(mode)
-        for block in self.blocks[: self.split]:
-            for module in block.modules():
-                module.training = mode and isinstance(module, nn.modules.dropout._DropoutNd)
-        return self
-
-    def compile_frozen(self, image_size: int, device: str) -> None:
-        """Let PyTorch compile the frozen blocks (`--compile`). Raises InputError where it can not."""
-        self.compiled = torch.compile(self._through)
-        try:
-            self.prefix(torch.zeros(CPU_CHUNK, 3, image_size, image_size, device=device))
-        except Exception as error:  # whatever the compiler met
-            raise InputError(
-                f"--compile: PyTorch can not compile the backbone here ({one_line(error)[:200]}): it needs a C++ "
-                "compiler, or leave the flag out"
-            ) from error
-
-    def _through(self, x: Tensor, start: int, stop: int) -> Tensor:
-        for block in self.blocks[start:stop]:
-            x = block(x)
-        return x
-
-    @torch.inference_mode()
-    def _frozen(self, x: Tensor, start: int, stop: int) -> Tensor:
-        """Through frozen blocks; float32."""
-        with torch.autocast(x.device.type, torch.bfloat16) if self.bf16 else nullcontext():
-            whole = x.device.type != "cpu" or len(x) == CPU_CHUNK  # each other size would be compiled anew
-            x = (self.compiled if self.compiled and whole else self._through)(x, start, stop)
-        return x.float()
-
-    def prefix(self, x: Tensor) -> Tensor:
-        """Images `[B, 3, S, S]` -> what leaves the prefix `[B, ...]`, float32."""
-        x = x.contiguous(memory_format=torch.channels_last)
-        return by_chunks(lambda part: self._frozen(part, 0, self.cut), x)  # a copy, which autograd may keep
-
-    def suffix(self, x: Tensor) -> Tensor:
-        """What leaves the prefix `[B, ...]` -> features `[B, dim]`."""
-        if self.cut < self.split:
-            x = self._frozen(x, self.cut, self.split).clone()
-        for block in self.blocks[self.split :]:
-            x = block(x)
-        return x
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.suffix(self.prefix(x))
-
-
-def _vgg16(net: nn.Module) -> tuple[list[nn.Module], int]:
-    """conv1 ... fc7; the blocks that may be trained are fc6 and fc7, each with its ReLU and dropout."""
-    fc = net.classifier
-    net.classifier = nn.Sequential(*fc[:6])
-    return [nn.Sequential(net.features, net.avgpool, nn.Flatten()), fc[:3], fc[3:6]], 4096
-
-
-def _squeezenet1_0(net: nn.Module) -> tuple[list[nn.Module], int]:
-    """Pooled output of the last of eight Fire modules, each a block."""
-    net.classifier = nn.Identity()
-    pool = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten())
-    f = net.features
-    blocks = [f[:3], f[3], f[4], f[5:7], f[7], f[8], f[9], f[10:12], nn.Sequential(f[12], pool)]
-    return blocks, 512
-
-
-def _resnet(net: nn.Module) -> tuple[list[nn.Module], int]:
-    """Pooled output of the last residual block; every residual block is a block."""
-    dim = net.fc.in_features
-    net.fc = nn.Identity()
-    stem = nn.Sequential(net.conv1, net.bn1, net.relu, net.maxpool)
-    residual = [block for layer in (net.layer1, net.layer2, net.layer3, net.layer4) for block in layer]
-    last = nn.Sequential(residual[-1], net.avgpool, nn.Flatten())
-    return [stem, *residual[:-1], last], dim
-
-
-class ConvNet(nn.Sequential):
-    """A small network for small images, trained from scratch: three blocks of two 3x3 convolutions."""
-
-    def __init__(self) -> None:
-        widths = (3, 32, 64, 128)
-        super().__init__(
-            *(self.block(i, o) for i, o in itertools.pairwise(widths)),
-            nn.Sequential(nn.AdaptiveAvgPool2d(2), nn.Flatten()),
-        )
-
-    @staticmethod
-    def block(inputs: int, outputs: int) -> nn.Sequential:
-        def convolution(i: int) -> list[nn.Module]:
-            return [nn.Conv2d(i, outputs, 3, padding=1, bias=False), nn.BatchNorm2d(outputs), nn.ReLU(inplace=True)]
-
-        return nn.Sequential(*convolution(inputs), *convolution(outputs), nn.MaxPool2d(2))
-
-
-def _convnet(net: nn.Module) -> tuple[list[nn.Module], int]:
-    """All of it is trained, whatever `--trainable_layer_num`: it has no pretrained weights to keep."""
-    return [net], 512
-
-
-# name -> how its head is cut off and its body into blocks, (network) -> (blocks, feature size);
-#         and how many of the last blocks `--trainable_layer_num` may name
-BACKBONES: dict[str, tuple[Callable, int]] = {
-    "vgg16": (_vgg16, 2),
-    "squeezenet1_0": (_squeezenet1_0, 8),
-    "resnet18": (_resnet, 8),
-    "resnet50": (_resnet, 16),
-    "convnet": (_convnet, 1),
-}
-
-
-def build_backbone(name: str, weights: str, trainable_layer_num: int, bf16: bool) -> Backbone:
-    """A backbone of `BACKBONES` with its weights.
-
-    Args:
-        weights: "imagenet" (torchvision downloads them), "random", or the path of a state dict with torchvision's keys.
-        trainable_layer_num: blocks trained, counted from the end.
-        bf16: run the frozen prefix in bfloat16.
-
-    Raises InputError where weights can not be had or do not fit.
-    """
-    net = ConvNet() if name == "convnet" else torchvision.models.get_model(name, weights=None)
-    known = set(net.state_dict())
-    blocks, dim = BACKBONES[name][0](net)
-    if weights != "random":
-        state = _imagenet_state(name) if weights == "imagenet" else read_state_dict(Path(weights), "--weights")
-        _load_weights(net, state, known, f"--weights {weights}: do not fit {name}")
-    trained = len(blocks) if name == "convnet" else trainable_layer_num
-    return Backbone(net.to(memory_format=torch.channels_last), blocks, dim, trained, bf16)
-
-
-def _imagenet_state(name: str) -> dict[str, Tensor]:
-    try:
-        return torchvision.models.get_model_weights(name).IMAGENET1K_V1.get_state_dict(
-            progress=sys.stderr.isatty(), check_hash=True, weights_only=True
-        )
-    except Exception as error:  # network, proxy, hash, or a damaged file in torch's cache
-        raise InputError(
-            f"--weights imagenet: {name} could not be downloaded ({error}): check the network, or fetch its "
-            "torchvision state dict elsewhere and pass --weights PATH"
-        ) from error
-
-
-def read_state_dict(path: Path, flag: str) -> dict[str, Tensor]:
-    """A state dict from a file. Raises InputError naming `flag` and the file where there is none in it."""
-    try:
-        state = load_tensors(path)
-    except FileNotFoundError:
-        raise InputError(f"{flag}: {path} does not exist") from None
-    except Exception as error:  # a damaged pickle can raise nearly anything
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        if isinstance(error, pickle.UnpicklingError):  # torch would advise to switch the safety off
-            reason = "damaged, or it holds more than tensors: save model.state_dict()"
-        raise InputError(f"{flag}: {path} is not a readable PyTorch state dict ({reason})") from error
-    if not isinstance(state, dict) or not all(isinstance(k, str) and isinstance(v, Tensor) for k, v in state.items()):
-        raise InputError(f"{flag}: {path} is not a state dict (names -> tensors)")
-    return state
-
-
-def _load_weights(net: nn.Module, state: dict[str, Tensor], known: set[str], fault: str) -> None:
-    """Load a torchvision state dict into a network without its head, whose keys (in `known`) are passed over."""
-    for key, value in net.state_dict().items():
-        if key not in state and not key.endswith("num_batches_tracked"):
-            raise InputError(f"{fault}: {key} is missing")
-        if key in state and state[key].shape != value.shape:
-            raise InputError(f"{fault}: {key} is {list(state[key].shape)} instead of {list(value.shape)}")
-        if key in state and not _plain_numbers(state[key]):
-            raise InputError(f"{fault}: {key} does not hold plain finite numbers")
-    for key in state:
-        if key not in known:
-            raise InputError(f"{fault}: {key} is not part of it")
-    net.load_state_dict({k: v for k, v in state.items() if k in net.state_dict()}, strict=False)
-
-
-def _plain_numbers(tensor: Tensor) -> bool:
-    if tensor.layout != torch.strided or tensor.is_meta or tensor.is_quantized or tensor.is_complex():
-        return False
-    return bool(tensor.float().isfinite().all())
-
+import loss
+import retrieval
+from methods.base import Method
+from utils import InputError
 
 # ---------------------------------------------------------------- quantizer and memory
 
@@ -256,7 +56,7 @@ class CodebookAttention(nn.Module):
     def hard_codes(self, z: Tensor) -> Tensor:
         """Embeddings `[B, D]` -> codes `[B, M]`, the nearest codeword of each codebook, Eq. 15.
 
-        uint8 (one byte a codebook) for K <= 256, else int32.
+        uint8 (one byte per codebook) for K <= 256, else int32.
         """
         nearest = torch.einsum("bmd,mkd->bmk", self.segments(z), self.codewords()).argmax(dim=-1)
         return nearest.to(torch.uint8 if self.K <= 256 else torch.int32)
@@ -282,51 +82,139 @@ class CodeMemory(nn.Module):
         self.filled = min(self.filled + len(entries), self.size)
 
     def entries(self) -> Tensor:
-        """What is held, `[filled, *shape]`, in no particular order."""
+        """The entries held, `[filled, *shape]`, in no particular order."""
         return self.codes[: self.filled]
 
 
-class MeCoQ(nn.Module):
-    """Backbone, linear projection to D dimensions, quantizer, and (in training) the code memory.
+def hard_reconstruction(quantizer: CodebookAttention, z: Tensor) -> Tensor:
+    """Embeddings `[B, D]` -> their nearest codewords `[B, M, d]`, Eq. 15."""
+    codewords, codes = quantizer.codewords(), quantizer.hard_codes(z).long()
+    return torch.stack([codewords[m][codes[:, m]] for m in range(quantizer.M)], dim=1)
 
-    Args:
-        queue_size: entries of the memory; None: no memory.
-        memory: what it keeps (paper, Table 2): "soft" codes, "hard" codes (as one-hot rows), or the "feature", the
-            embedding before quantization.
-        trained_codebooks: whether the codebooks learn.
+
+def used_codewords(codes: Tensor, K: int) -> tuple[float, float]:
+    """Evenness of the use of codewords by hard codes `[n, M]`: the share of them that code any image, and the
+    perplexity of their use, exp(entropy), as a share of K; means over codebooks, both 1 if all are used alike."""
+    shares = torch.stack([torch.bincount(column.long(), minlength=K) for column in codes.T]).double() / len(codes)
+    entropy = -(shares * shares.clamp(min=torch.finfo(shares.dtype).tiny).log()).sum(dim=1)
+    return float((shares > 0).double().mean()), float((entropy.exp() / K).mean())
+
+
+# ---------------------------------------------------------------- the method
+
+
+@dataclass(frozen=True)
+class Codebooks:
+    """M codebooks of K codewords for embeddings of D dimensions; `alpha`: sharpness of the soft codes, Eq. 2;
+    `trained`: whether they learn."""
+
+    M: int
+    K: int
+    D: int
+    alpha: float = 10.0
+    trained: bool = True
+
+
+@dataclass(frozen=True)
+class Memory:
+    """A code memory of `size` entries, used as negatives from epoch `begin` on, Eq. 12-13.
+
+    `kind`: what it keeps (paper, Table 2): "soft" codes, "hard" codes (as one-hot rows), or the "feature", the
+    embedding before quantization.
     """
+
+    kind: str
+    size: int
+    begin: int = 0
+
+
+@dataclass(frozen=True)
+class Objective:
+    """The choices of Eq. 6-8 and 13-14; for the last four fields see `loss.contrastive_loss`."""
+
+    T: float
+    pos_prior: float = 0.0
+    diversity_weight: float = 0.5  # gamma
+    entropy_weight: float = 0.0  # lambda, of the released code
+    pairing: str = "own"
+    debias_memory: bool = True
+    negative_bound: str = "dcl"
+    normalize_memory: bool = True
+
+
+@dataclass(frozen=True)
+class Search:
+    """Whether queries are quantized too, and whether their segments are divided by their length, Eq. 16."""
+
+    symmetric: bool = False
+    normalize_query: bool = True
+
+
+class MeCoQ(Method):
+    """Linear projection to D dimensions, quantizer, and (in training) the code memory."""
+
+    released_keys: ClassVar = {"vgg.": "backbone.net.", "pq_layer._C": "quantizer.codebooks"}
+    ignored_keys: ClassVar = frozenset({"backbone.net.classifier.6.weight", "backbone.net.classifier.6.bias"})
 
     def __init__(
         self,
-        backbone: Backbone,
-        D: int,
-        M: int,
-        K: int,
-        alpha: float,
-        queue_size: int | None,
-        memory: str = "soft",
-        trained_codebooks: bool = True,
+        backbone: nn.Module,
+        codebooks: Codebooks,
+        objective: Objective,
+        memory: Memory | None = None,
+        search: Search | None = None,
     ) -> None:
-        super().__init__()
-        self.backbone = backbone
+        super().__init__(backbone, codebooks.M, codebooks.K)
+        M, K, D = codebooks.M, codebooks.K, codebooks.D
+        self.objective, self.search, self.memory_options = objective, search or Search(), memory
         self.projection = nn.Linear(backbone.dim, D)
-        self.quantizer = CodebookAttention(M, K, D, alpha, trained_codebooks)
-        self.memory_kind = memory
-        self.memory = CodeMemory(queue_size, M, D // M if memory == "feature" else K) if queue_size else None
+        self.quantizer = CodebookAttention(M, K, D, codebooks.alpha, codebooks.trained)
+        self.memory = CodeMemory(memory.size, M, D // M if memory.kind == "feature" else K) if memory else None
+        self.latest: tuple[Tensor, Tensor] | None = None  # embeddings and soft codes of the step
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Images `[B, 3, S, S]` -> embeddings z `[B, D]`."""
-        return self.projection(self.backbone(x))
+    def project(self, features: Tensor) -> Tensor:
+        return self.projection(features)
 
-    def embed(self, x: Tensor) -> Tensor:
-        """What leaves the backbone's prefix `[B, ...]` -> embeddings z `[B, D]`."""
-        return self.projection(self.backbone.suffix(x))
+    def loss(self, views: Tensor, epoch: int) -> dict[str, Tensor]:
+        """Eq. 14 without its weight decay, which the optimiser applies."""
+        z = self(views)  # [2N, D]
+        quantizer, objective = self.quantizer, self.objective
+        soft_codes, reconstruction = quantizer(z)  # [2N, M, K], [2N, M, d]
+        codewords = quantizer.codewords()
+        use_memory = self.memory is not None and epoch >= self.memory_options.begin
+        contrastive = loss.contrastive_loss(
+            *reconstruction.flatten(1).chunk(2),
+            self.recall(codewords).flatten(1) if use_memory else None,
+            T=objective.T,
+            pos_prior=objective.pos_prior,
+            pairing=objective.pairing,
+            debias_memory=objective.debias_memory,
+            negative_bound=objective.negative_bound,
+            normalize_memory=objective.normalize_memory,
+        )
+        entropy = loss.code_entropy(soft_codes)
+        diversity = loss.codeword_diversity(codewords)
+        self.latest = z.detach(), soft_codes.detach()
+        return {
+            "loss/simclr_loss": contrastive,
+            "loss/entropy_reg_loss": entropy,
+            "loss/codeword_reg_loss": diversity,
+            "loss/total_loss": contrastive
+            + objective.entropy_weight * entropy
+            + objective.diversity_weight * diversity,  # Eq. 14
+            "quant_err": loss.quantization_error(quantizer.segments(z), reconstruction),
+        }
+
+    def after_step(self) -> None:
+        """Enqueue the step's soft codes, Eq. 12."""
+        if self.memory is not None:
+            self.remember(*self.latest)
 
     def remember(self, z: Tensor, soft_codes: Tensor) -> None:
         """Enqueue embeddings `[B, D]` with their soft codes `[B, M, K]`, in the form that the memory keeps."""
-        if self.memory_kind == "feature":
+        if self.memory_options.kind == "feature":
             self.memory.enqueue(self.quantizer.segments(z))
-        elif self.memory_kind == "hard":
+        elif self.memory_options.kind == "hard":
             self.memory.enqueue(F.one_hot(soft_codes.argmax(dim=-1), self.quantizer.K).to(soft_codes.dtype))
         else:
             self.memory.enqueue(soft_codes)
@@ -334,24 +222,54 @@ class MeCoQ(nn.Module):
     def recall(self, codewords: Tensor) -> Tensor:
         """The memory's vectors `[filled, M, d]`: codes are reconstructed with today's codewords, Eq. 12."""
         entries = self.memory.entries()
-        return entries if self.memory_kind == "feature" else self.quantizer.reconstruct(entries, codewords)
+        return entries if self.memory_options.kind == "feature" else self.quantizer.reconstruct(entries, codewords)
+
+    def extra_state(self) -> dict | None:
+        memory = self.memory
+        return memory and {"codes": memory.codes, "next": memory.next, "filled": memory.filled}
+
+    def load_extra_state(self, state: dict | None) -> None:
+        if self.memory is not None:
+            self.memory.codes.copy_(state["codes"])
+            self.memory.next, self.memory.filled = state["next"], state["filled"]
+
+    def codes(self, z: Tensor) -> Tensor:
+        return self.quantizer.hard_codes(z)
+
+    def query(self, z: Tensor) -> Tensor:
+        return self.codes(z) if self.search.symmetric else z
+
+    def tables(self, queries: Tensor) -> Tensor:
+        codewords = self.quantizer.codewords()
+        if self.search.symmetric:
+            return retrieval.symmetric_tables(queries, codewords)
+        return retrieval.lookup_tables(queries, codewords, self.search.normalize_query)
+
+    def check_state(self, state: dict[str, Tensor], path: Path) -> None:
+        codebooks = state.get("quantizer.codebooks")
+        if codebooks is None or codebooks.dim() != 3:
+            raise InputError(f"--checkpoint {path}: there are no codebooks [M, K, D / M] in it")
+        M, K, d = codebooks.shape
+        if (M, K, d) != (self.M, self.K, self.quantizer.d):
+            raise InputError(f"--checkpoint {path}: made with other codebooks; give --M {M} --K {K} --feat_dim {M * d}")
+        if codebooks.is_floating_point() and not codebooks.float().norm(dim=-1).all():
+            raise InputError(f"--checkpoint {path}: a codeword is zero: it has no direction")
 
 
-def load_checkpoint(model: MeCoQ, path: Path) -> None:
-    """Load `model.cpt` of a run, or of the authors' release, whose keys are `vgg.*`, `projection.*`, `pq_layer._C`.
-
-    Raises InputError where it is no such file or does not fit the model.
-    """
-    state = read_state_dict(path, "--checkpoint")
-    released = {"vgg.": "backbone.net.", "pq_layer._C": "quantizer.codebooks"}
-    for old, new in released.items():
-        state = {key.replace(old, new, 1) if key.startswith(old) else key: value for key, value in state.items()}
-    codebooks = state.get("quantizer.codebooks")
-    if codebooks is None or codebooks.dim() != 3:
-        raise InputError(f"--checkpoint {path}: there are no codebooks [M, K, D / M] in it")
-    M, K, d = codebooks.shape
-    quantizer = model.quantizer
-    if (M, K, d) != (quantizer.M, quantizer.K, quantizer.d):
-        raise InputError(f"--checkpoint {path}: made with other codebooks; give --M {M} --K {K} --feat_dim {M * d}")
-    known = set(model.state_dict()) | {"backbone.net.classifier.6.weight", "backbone.net.classifier.6.bias"}
-    _load_weights(model, state, known, f"--checkpoint {path}: does not fit this --backbone")
+def build(backbone: nn.Module, config: Namespace) -> MeCoQ:
+    """The method that the flags describe."""
+    memory = None
+    if config.memory != "none":
+        memory = Memory(config.memory, config.queue_size, config.queue_begin_epoch)
+    objective = Objective(
+        T=config.T,
+        pos_prior=config.pos_prior,
+        diversity_weight=config.hp_gamma,
+        entropy_weight=config.hp_lambda,
+        pairing=config.pairing,
+        debias_memory=config.debias_memory,
+        negative_bound=config.negative_bound,
+        normalize_memory=config.normalize_memory,
+    )
+    codebooks = Codebooks(config.M, config.K, config.feat_dim, config.alpha, config.codebooks == "trained")
+    return MeCoQ(backbone, codebooks, objective, memory, Search(config.symmetric_distance, config.normalize_query))

@@ -15,8 +15,8 @@ import torch
 from conftest import ROOT, wait_for, write_cifar10
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from test_engine import LIVELY, SMALL
-from test_features import FROZEN
-from test_features import weights as weights  # a fixture
+from test_feature_cache import FROZEN
+from test_feature_cache import weights as weights  # a fixture
 
 ALL = "MECOQ_ALL" in os.environ
 SEED = int(os.environ.get("MECOQ_FAULT_SEED", "2022"))

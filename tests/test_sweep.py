@@ -116,9 +116,7 @@ def test_nothing_is_trained_twice(place, monkeypatch):
     for script in ("table2", "table1"):
         assert call(script, *flags) == 0
     assert not trained  # MeCoQ of Table 1 is the full method of Table 2
-    assert (
-        call("figure4", *flags, "--priors", "0.1", "--sizes", "0", "48", "96", f"--cells={folder / 'x'}") == 0
-    )
+    assert call("figure4", *flags, "--priors", "0.1", "--sizes", "0", "48", "96", f"--cells={folder / 'x'}") == 0
     assert len(trained) == 2 * 3  # rho+ of 0.1 and a memory of 48 are the same
 
 
@@ -237,7 +235,7 @@ def test_conditions_compare_four_variants(place, capsys):
 def test_measure_recipes_sets_one_flag_at_a_time(place):
     flags, folder = place
     assert call("recipes", *flags, "--hp_lambda", "0.2", "--seeds", "1") == 0
-    weight = load("recipes").cells.parsed("CIFAR10-II", 32, ["--recipe", "release"]).hp_lambda
+    weight = load("recipes").sweep.parsed("CIFAR10-II", 32, ["--recipe", "release"]).hp_lambda
     assert weight == 0.1
     frame = pd.read_csv(folder / "results" / "measure_recipes.csv")
     assert len(frame) == 9
@@ -338,7 +336,7 @@ def test_published_numbers_are_found():
 def test_two_processes_share_the_work(tmp_path):
     """The second waits for the cell that the first is at, and takes it."""
     program = (
-        "import sys, time, json; from pathlib import Path; from experiments import sweep as cells\n"
+        "import sys, time, json; from pathlib import Path; from experiments import sweep\n"
         "folder = Path(sys.argv[1])\n"
         "def compute():\n"
         "    (folder / f'began-{sys.argv[2]}').touch(); time.sleep(1); return {'by': sys.argv[2]}\n"

@@ -1,11 +1,9 @@
-import ast
 import json
 import logging
 import math
 
 import numpy as np
 import pytest
-from conftest import ROOT
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -88,18 +86,3 @@ def test_sample_seed_is_a_valid_seed_and_tells_neighbours_apart(parts):
     assert 0 <= seed < 2**63
     assert seed == sample_seed(*parts)
     assert seed != sample_seed(*parts[:-1], parts[-1] + 1)
-
-
-def test_rooms_import_one_way():
-    """main -> engine -> {network, loss, retrieval, data} -> utils, and no other way round."""
-    allowed = {"utils": set(), "loss": set(), "retrieval": set(), "data": {"utils"}, "network": {"utils"}}
-    allowed["engine"] = set(allowed)
-    allowed["main"] = set(allowed)
-    for room, below in allowed.items():
-        imported = set()
-        for node in ast.walk(ast.parse((ROOT / f"{room}.py").read_text())):
-            if isinstance(node, ast.Import):
-                imported |= {alias.name for alias in node.names}
-            elif isinstance(node, ast.ImportFrom):
-                imported.add(node.module)
-        assert imported & allowed.keys() <= below, room

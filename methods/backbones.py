@@ -1,0 +1,218 @@
+"""Backbones: networks cut into blocks, of which the last may be trained, and their weights."""
+
+import itertools
+import pickle
+import sys
+import warnings
+from collections.abc import Callable
+from contextlib import nullcontext
+from pathlib import Path
+
+import torch
+import torchvision
+from torch import Tensor, nn
+
+from distributed import CPU_CHUNK, by_chunks
+from methods import BACKBONES
+from utils import InputError, load_object, load_tensors, one_line
+
+
+class Backbone(nn.Module):
+    """Images `[B, 3, S, S]` -> features `[B, dim]`: frozen blocks, then the trained ones.
+
+    `net` keeps the names that torchvision gives its parameters. The frozen blocks run without gradients, in bfloat16
+    if asked; their dropout is active in training mode, their batch statistics never change. The first of them are the
+    prefix, whose output for a test image can be kept (`feature_cache.py`): all of the frozen blocks, but for VGG16 with
+    one trained layer, which shares its prefix, the convolutions, with two.
+
+    Args:
+        trained: how many of the last blocks learn.
+        bf16: run the frozen blocks in bfloat16.
+    """
+
+    def __init__(self, net: nn.Module, blocks: list[nn.Module], dim: int, trained: int, bf16: bool) -> None:
+        super().__init__()
+        self.net, self.dim, self.bf16 = net, dim, bf16
+        self.split = len(blocks) - trained
+        self.cut = min(self.split, 1) if isinstance(net, torchvision.models.VGG) and trained else self.split
+        self.blocks = tuple(blocks)  # a tuple: they are registered in `net` already
+        self.compiled: Callable | None = None
+        self.net.requires_grad_(False)
+        for block in self.blocks[self.split :]:
+            block.requires_grad_(True)
+
+    def train(self, mode: bool = True) -> "Backbone":
+        super().train(mode)
+        for block in self.blocks[: self.split]:
+            for module in block.modules():
+                module.training = mode and isinstance(module, nn.modules.dropout._DropoutNd)
+        return self
+
+    def compile_frozen(self, image_size: int, device: str) -> None:
+        """Let PyTorch compile the frozen blocks (`--compile`). Raises InputError if it cannot."""
+        self.compiled = torch.compile(self._through)
+        try:
+            self.prefix(torch.zeros(CPU_CHUNK, 3, image_size, image_size, device=device))
+        except Exception as error:  # whatever the compiler met
+            raise InputError(
+                f"--compile: PyTorch cannot compile the backbone here ({one_line(error)[:200]}): it needs a C++ "
+                "compiler, or leave the flag out"
+            ) from error
+
+    def _through(self, x: Tensor, start: int, stop: int) -> Tensor:
+        for block in self.blocks[start:stop]:
+            x = block(x)
+        return x
+
+    @torch.inference_mode()
+    def _frozen(self, x: Tensor, start: int, stop: int) -> Tensor:
+        """Through frozen blocks; float32."""
+        with torch.autocast(x.device.type, torch.bfloat16) if self.bf16 else nullcontext():
+            whole = x.device.type != "cpu" or len(x) == CPU_CHUNK  # each other size would be compiled anew
+            x = (self.compiled if self.compiled and whole else self._through)(x, start, stop)
+        return x.float()
+
+    def prefix(self, x: Tensor) -> Tensor:
+        """Images `[B, 3, S, S]` -> what leaves the prefix `[B, ...]`, float32."""
+        x = x.contiguous(memory_format=torch.channels_last)
+        return by_chunks(lambda part: self._frozen(part, 0, self.cut), x)  # a copy, which autograd may keep
+
+    def suffix(self, x: Tensor) -> Tensor:
+        """What leaves the prefix `[B, ...]` -> features `[B, dim]`."""
+        if self.cut < self.split:
+            x = self._frozen(x, self.cut, self.split).clone()
+        for block in self.blocks[self.split :]:
+            x = block(x)
+        return x
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.suffix(self.prefix(x))
+
+
+def vgg16(net: nn.Module) -> tuple[list[nn.Module], int]:
+    """conv1 ... fc7; the blocks that may be trained are fc6 and fc7, each with its ReLU and dropout."""
+    fc = net.classifier
+    net.classifier = nn.Sequential(*fc[:6])
+    return [nn.Sequential(net.features, net.avgpool, nn.Flatten()), fc[:3], fc[3:6]], 4096
+
+
+def squeezenet1_0(net: nn.Module) -> tuple[list[nn.Module], int]:
+    """Pooled output of the last of eight Fire modules, each a block."""
+    net.classifier = nn.Identity()
+    pool = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten())
+    f = net.features
+    blocks = [f[:3], f[3], f[4], f[5:7], f[7], f[8], f[9], f[10:12], nn.Sequential(f[12], pool)]
+    return blocks, 512
+
+
+def resnet(net: nn.Module) -> tuple[list[nn.Module], int]:
+    """Pooled output of the last residual block; every residual block is a block."""
+    dim = net.fc.in_features
+    net.fc = nn.Identity()
+    stem = nn.Sequential(net.conv1, net.bn1, net.relu, net.maxpool)
+    residual = [block for layer in (net.layer1, net.layer2, net.layer3, net.layer4) for block in layer]
+    last = nn.Sequential(residual[-1], net.avgpool, nn.Flatten())
+    return [stem, *residual[:-1], last], dim
+
+
+class ConvNet(nn.Sequential):
+    """A small network for small images, trained from scratch: three blocks of two 3x3 convolutions."""
+
+    def __init__(self) -> None:
+        widths = (3, 32, 64, 128)
+        super().__init__(
+            *(self.block(i, o) for i, o in itertools.pairwise(widths)),
+            nn.Sequential(nn.AdaptiveAvgPool2d(2), nn.Flatten()),
+        )
+
+    @staticmethod
+    def block(inputs: int, outputs: int) -> nn.Sequential:
+        def convolution(i: int) -> list[nn.Module]:
+            return [nn.Conv2d(i, outputs, 3, padding=1, bias=False), nn.BatchNorm2d(outputs), nn.ReLU(inplace=True)]
+
+        return nn.Sequential(*convolution(inputs), *convolution(outputs), nn.MaxPool2d(2))
+
+
+def convnet(net: nn.Module) -> tuple[list[nn.Module], int]:
+    """All of it is trained, whatever `--trainable_layer_num`: it has no pretrained weights to keep."""
+    return [net], 512
+
+
+def build_backbone(name: str, weights: str, trainable_layer_num: int, bf16: bool) -> Backbone:
+    """A backbone of `methods.BACKBONES` with its weights.
+
+    Args:
+        weights: "imagenet" (torchvision downloads them), "random", or the path of a state dict with torchvision's keys.
+        trainable_layer_num: blocks trained, counted from the end; all, if there are no pretrained ones.
+        bf16: run the frozen blocks in bfloat16.
+
+    Raises InputError if the weights cannot be had or do not fit.
+    """
+    row = BACKBONES[name]
+    net = load_object(row.network)() if row.network else torchvision.models.get_model(name, weights=None)
+    keys = set(net.state_dict())
+    blocks, dim = load_object(row.blocks)(net)
+    if weights != "random":
+        state = _imagenet_state(name) if weights == "imagenet" else read_state_dict(Path(weights), "--weights")
+        load_weights(net, state, keys, f"--weights {weights}: do not fit {name}")
+    trained = trainable_layer_num if row.pretrained else len(blocks)
+    return Backbone(net.to(memory_format=torch.channels_last), blocks, dim, trained, bf16)
+
+
+def _imagenet_state(name: str) -> dict[str, Tensor]:
+    try:
+        return torchvision.models.get_model_weights(name).IMAGENET1K_V1.get_state_dict(
+            progress=bool(sys.stderr and sys.stderr.isatty()), check_hash=True, weights_only=True
+        )
+    except Exception as error:  # network, proxy, hash, or a damaged file in torch's cache
+        raise InputError(
+            f"--weights imagenet: {name} could not be downloaded ({error}): check the network, or fetch its "
+            "torchvision state dict elsewhere and pass --weights PATH"
+        ) from error
+
+
+def read_state_dict(path: Path, flag: str) -> dict[str, Tensor]:
+    """The state dict in a file. Raises InputError naming `flag` and the file if there is none in it."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # the one line below says it
+            state = load_tensors(path)
+    except FileNotFoundError:
+        raise InputError(f"{flag}: {path} does not exist") from None
+    except Exception as error:  # a damaged pickle can raise nearly anything
+        reason = one_line(error)[:200]
+        if isinstance(error, pickle.UnpicklingError):  # torch would advise to switch the safety off
+            reason = "damaged, or it holds more than tensors: save model.state_dict()"
+        raise InputError(f"{flag}: {path} is not a readable PyTorch state dict ({reason})") from error
+    if not isinstance(state, dict) or not all(isinstance(k, str) and isinstance(v, Tensor) for k, v in state.items()):
+        raise InputError(f"{flag}: {path} is not a state dict (names -> tensors)")
+    return state
+
+
+def load_weights(net: nn.Module, state: dict[str, Tensor], keys: set[str], fault: str) -> None:
+    """Load a state dict into a network without its head.
+
+    Args:
+        keys: of the network with its head; those of the head are passed over.
+        fault: how the error begins.
+
+    Raises InputError on the first key that is missing, foreign, of another shape or not of plain finite numbers.
+    """
+    for key, value in net.state_dict().items():
+        if key not in state and not key.endswith("num_batches_tracked"):
+            raise InputError(f"{fault}: {key} is missing")
+        if key in state and state[key].shape != value.shape:
+            raise InputError(f"{fault}: {key} is {list(state[key].shape)} instead of {list(value.shape)}")
+        if key in state and not _plain_numbers(state[key], value.dtype):
+            raise InputError(f"{fault}: {key} does not hold plain finite numbers")
+    for key in state:
+        if key not in keys:
+            raise InputError(f"{fault}: {key} is not part of it")
+    net.load_state_dict({k: v for k, v in state.items() if k in net.state_dict()}, strict=False)
+
+
+def _plain_numbers(tensor: Tensor, dtype: torch.dtype) -> bool:
+    """Whether a tensor holds finite numbers, and floating-point ones if the network's are."""
+    if tensor.layout != torch.strided or tensor.is_meta or tensor.is_quantized or tensor.is_complex():
+        return False
+    return tensor.is_floating_point() == dtype.is_floating_point and bool(tensor.float().isfinite().all())

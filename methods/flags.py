@@ -1,0 +1,142 @@
+"""Flags as rows: their form, the rules for their values, and the flags of each method. Imports no PyTorch."""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from utils import InputError
+
+Rule = Callable[[object], str | None]  # a value -> what is wrong with it
+
+# What a flag can change, from which the keys of resumed runs, sweeps and caches are taken:
+#   images    the images and labels of a run           features  what the frozen layers make of a test image
+#   views     the augmented views                      result    anything else that comes out
+#   weights   results, by a file whose content is compared instead of its name
+#   speed     how fast or how safely a run goes        place     where it reads and writes
+#   action    what is done with a run, not what it is
+AFFECTS = ("images", "features", "views", "result", "weights", "speed", "place", "action")
+
+
+@dataclass(frozen=True)
+class Flag:
+    """One row of the command line.
+
+    Args:
+        default: None: it depends on other flags, see `config.resolve`. A bool makes a switch.
+        affects: one of `AFFECTS`.
+        rule: what values make sense by themselves.
+        recipe: its values in the recipes `paper` and `release`, if they differ; they are its defaults.
+        usual: what stands for the default in keys if `default` is None.
+    """
+
+    name: str
+    default: object
+    affects: str
+    help: str
+    rule: Rule | None = None
+    choices: tuple[str, ...] | None = None
+    type: Callable | None = None
+    recipe: tuple[object, object] | None = None
+    usual: object = None
+    aliases: tuple[str, ...] = ()
+    metavar: str | None = None
+
+    @property
+    def absent_from_keys(self) -> object:
+        """The value at which the flag is in no key."""
+        if self.recipe:
+            return self.recipe[0]
+        return self.usual if self.default is None else self.default
+
+    def fault(self, value: object) -> str | None:
+        """What is wrong with a value; None if it makes sense."""
+        if isinstance(value, float) and not math.isfinite(value):
+            return "must be a finite number"
+        if isinstance(value, float) and abs(value) > 1e30:
+            return "is beyond single precision"
+        if isinstance(value, int) and value >= 2**32:
+            return "is beyond any machine"
+        return self.rule(value) if self.rule and value is not None else None
+
+
+def at_least(low: float, reason: str = "") -> Rule:
+    return lambda value: None if value >= low else f"must be at least {low}{reason}"
+
+
+def not_negative(value: float) -> str | None:
+    return None if value >= 0 else "must not be negative"
+
+
+def positive(value: float) -> str | None:
+    return None if value > 0 else "must be positive"
+
+
+def between(low: float, high: float, words: str) -> Rule:
+    """low <= value < high."""
+    return lambda value: None if low <= value < high else words
+
+
+# ---------------------------------------------------------------- MeCoQ
+
+MECOQ: dict[str, tuple[Flag, ...]] = {
+    "MeCoQ: quantizer (Eq. 1-5)": (
+        Flag("feat_dim", 64, "result", "D, dimensions of the embedding", at_least(1)),
+        Flag("M", 4, "result", "M, number of codebooks: a code has M log2 K bits", at_least(1)),
+        Flag("K", 256, "result", "K, codewords per codebook",
+             between(2, 65537, "must be from 2 to 65536, two bytes per codebook at most")),
+        Flag("codebooks", None, "result", "learn the codebooks, Eq. 14, or leave them as they were drawn, as the "
+             "released code does", choices=("trained", "frozen"), recipe=("trained", "frozen")),
+        Flag("alpha", 10.0, "result", "alpha, sharpness of the soft codes, Eq. 2", positive),
+    ),
+    "MeCoQ: loss and code memory (Eq. 6-14)": (
+        Flag("T", 0.1, "result", "tau, temperature, Eq. 6",
+             at_least(0.0001, ": exp(1 / tau) has to mean something")),
+        Flag("mode", "simple", "result", "contrastive loss without (rho+ = 0) or with debiasing, Eq. 7",
+             choices=("simple", "debias")),
+        Flag("pos_prior", 0.0, "result", "rho+, share of false negatives, in [0, 1); counts with --mode debias",
+             between(0, 1, "must be in [0, 1)")),
+        Flag("hp_gamma", 0.5, "result", "gamma, weight of the codeword diversity Omega, Eq. 8 and 14", not_negative),
+        Flag("hp_lambda", None, "result", "lambda, weight of the mean entropy of the soft codes, a term of the "
+             "released code that the paper does not have", not_negative, type=float, recipe=(0.0, 1.0)),
+        Flag("pairing", None, "result", "own: each query's positive with its own negatives, Eq. 6; all: with those of "
+             "every query, a mean over a 2N x 2N table, as the released code does", choices=("own", "all"),
+             recipe=("own", "all")),
+        Flag("debias_memory", None, "result", "correct the negative term for the memory's negatives too, Eq. 13; the "
+             "released code counts those of the batch only", recipe=(True, False)),
+        Flag("negative_bound", None, "result", "lower bound of the negative term: dcl: n exp(-1 / tau); release: "
+             "exp(-(2N - 2) / tau), practically 0", choices=("dcl", "release"), recipe=("dcl", "release")),
+        Flag("normalize_memory", None, "result", "compare the memory's vectors by their cosine, like the batch's; the "
+             "released code leaves them their length", recipe=(True, False)),
+        Flag("memory", None, "result", "what the memory keeps: soft codes, hard codes, or the embeddings before "
+             "quantization, Table 2 (default: soft; none without --queue_begin_epoch)",
+             choices=("soft", "hard", "feature", "none"), usual="none"),
+        Flag("queue_begin_epoch", -1, "result", "first epoch (from 0) that uses the code memory, Eq. 12-13; -1: never",
+             at_least(-1, ": an epoch from 0, or -1 for no memory")),
+        Flag("queue_size", 384, "result", "N_M, entries that the memory holds", at_least(1)),
+    ),
+    "MeCoQ: search (Eq. 15-17)": (
+        Flag("symmetric_distance", False, "result", "quantize the queries too"),
+        Flag("normalize_query", None, "result", "divide the query's segments by their length, Eq. 16; the released "
+             "code does not", recipe=(True, False)),
+    ),
+}  # fmt: skip
+
+
+def resolve_mecoq(values: dict) -> None:
+    """Fill in what depends on other flags of MeCoQ. Raises InputError if they do not go together."""
+    if values["feat_dim"] % values["M"]:
+        raise InputError(
+            f"--feat_dim {values['feat_dim']}: must be a multiple of --M {values['M']}: one segment per codebook"
+        )
+    if values["memory"] not in (None, "none") and values["queue_begin_epoch"] == -1:
+        raise InputError(f"--memory {values['memory']}: say from which epoch on, with --queue_begin_epoch")
+    values["memory"] = values["memory"] or "soft"
+    if values["memory"] == "none" or values["queue_begin_epoch"] == -1:
+        values["memory"], values["queue_begin_epoch"] = "none", -1
+    if values["mode"] == "simple":
+        values["pos_prior"] = 0.0
+
+
+def bits_mecoq(values: dict) -> int:
+    """Bits of an image's code: M log2 K."""
+    return round(values["M"] * math.log2(values["K"]))

@@ -28,8 +28,9 @@ def place(weights, tmp_path_factory):
 
 def of(folder, callback=False, **wanted):
     """The results of the finished trials that have these flags, with a callback or without."""
-    found = [result for result in results_in(folder / "trials") if ("rows" in result) == callback]
-    return [r for r in found if all(r["config"].get(flag) == value for flag, value in wanted.items())]
+    trainings = [result for result in results_in(folder / "trials") if "config" in result]
+    found = [result for result in trainings if ("rows" in result) == callback]
+    return [result for result in found if wanted.items() <= result["config"].items()]
 
 
 # ---------------------------------------------------------------- tables

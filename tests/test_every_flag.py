@@ -21,7 +21,7 @@ BASE = [
 FROZEN = ["--backbone", "squeezenet1_0", "--image_size", "32", "--weights", "WEIGHTS", "--K", "256", "--M", "4"]
 DEBIASED_TO_THE_BOUND = ["--pos_prior", "0.9", "--T", "0.1"]
 TRAINED = [*FROZEN, "--trainable_layer_num", "1", "--lr_scaling", "0.1"]
-LIVELY = ["--optimizer", "Adam", "--lr", "0.003", "--K", "64"]  # spreads the codes
+UNTRAINED = [*FROZEN, "--epoch_num", "0"]
 STILL = [*FROZEN, "--lr", "1e-9", "--start_lr", "0", "--final_lr", "0", "--epoch_num", "3"]
 FORGOTTEN = ["--queue_size", "7", "--queue_begin_epoch", "0"]
 
@@ -64,8 +64,8 @@ CHANGES: dict[str, tuple[list[str], list[str]]] = {
     "memory": ([], ["--memory", "hard"]),
     "queue_begin_epoch": ([], ["--queue_begin_epoch", "0"]),
     "queue_size": (FORGOTTEN, ["--queue_size", "20"]),
-    "symmetric_distance": (LIVELY, ["--symmetric_distance"]),
-    "normalize_query": (LIVELY, ["--no-normalize_query"]),
+    "symmetric_distance": (UNTRAINED, ["--symmetric_distance"]),
+    "normalize_query": (UNTRAINED, ["--no-normalize_query"]),
     "topK": ([], ["--topK", "10"]),
     "recipe": ([], ["--recipe", "release"]),
     "eval_interval": ([], ["--eval_interval", "2"]),

@@ -20,7 +20,7 @@ from sklearn.datasets import load_sample_images
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-from methods.mecoq import build_backbone  # noqa: E402, found from ROOT
+from methods.backbones import build_backbone  # noqa: E402, found from ROOT
 
 GOLDEN = Path(os.environ.get("MECOQ_GOLDEN", ROOT / "tests" / "golden"))
 

@@ -15,11 +15,11 @@ from readers import (
     read_flickr25k,
     read_lines,
     read_nuswide,
-    worker_count,
 )
-from utils import LOG, InputError
+from utils import LOG, InputError, worker_count
 
 NOT_COMPARABLE = "Results are not comparable with published ones."
+NAMED = 20  # bad images in a warning
 CIFAR10_CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 
 
@@ -228,9 +228,17 @@ def _spread(images: Images | ImageFiles, limit: int) -> Images | ImageFiles:
 
 
 def check_images(splits: Splits, num_workers: int) -> tuple[int, dict[str, str]]:
-    """How many image files the splits have, and name -> what is wrong, for the bad ones; 0 and none in memory."""
+    """How many image files the splits have, and name -> what is wrong, for the bad ones; 0 and none in memory.
+
+    Raises InputError if their folder is missing.
+    """
     if not splits.database.on_disk:
         return 0, {}
+    if not splits.database.root.is_dir():
+        raise InputError(
+            f"{splits.database.root} is missing: datasets/README.md says how to get the images that go there "
+            "(--data_root names another place)"
+        )
     images = splits.train.joined(splits.query).joined(splits.database)
     images = images.subset(np.unique(images.names, return_index=True)[1])
     return len(images), images.faults(worker_count(num_workers))
@@ -242,12 +250,13 @@ def _only_sound(splits: Splits, skip_bad_images: bool, num_workers: int) -> Spli
     n, bad = check_images(splits, num_workers)
     if not bad:
         return splits
-    named = [f"{splits.database.root / name} {fault}" for name, fault in bad.items()]
+    named = [f"{splits.database.root / name} {fault}" for name, fault in list(bad.items())[:NAMED]]
     if not skip_bad_images:
         raise InputError(
             f"{len(bad)} of {n} images cannot be used, {named[0]}{' for one' if len(bad) > 1 else ''}: "
             "fetch them again, or leave them out with --skip_bad_images (scripts/check_data.py lists them)"
         )
-    LOG.warning("WARNING: %d of %d images are left out: %s. %s", len(bad), n, "; ".join(named), NOT_COMPARABLE)
+    more = f" and {len(bad) - NAMED} more (scripts/check_data.py lists them)" if len(bad) > NAMED else ""
+    LOG.warning("WARNING: %d of %d images are left out: %s%s. %s", len(bad), n, "; ".join(named), more, NOT_COMPARABLE)
     kept = splits.each(lambda images: images.subset(np.flatnonzero(~np.isin(images.names, list(bad)))))
     return replace(kept, canonical=False)

@@ -1,4 +1,5 @@
-"""Random augmentation, image by image with Pillow or in batches on the device, and what test images go through.
+"""The random augmentation that makes views, image by image with Pillow, or in batches on the run's device; and what
+test images go through.
 
 Both draw from the same distributions, and from the same numbers make the same view but for rounding, and for one
 liberty of the batches: the colours of small photos in memory change before they are enlarged. Colour operations work
@@ -9,19 +10,34 @@ import math
 from collections.abc import Callable
 from functools import cache
 
+import cv2
+import numpy as np
 import torch
 from kornia.enhance import adjust_hue
+from PIL import Image
 from torch import Tensor
 from torchvision import transforms
 from torchvision.transforms.v2.functional import resized_crop
 
+cv2.setNumThreads(1)  # data loaders have a process per core
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 SCALE, RATIO = (0.5, 1.0), (3 / 4, 4 / 3)  # of the crop: its share of the area, its width / height
 JITTER = transforms.ColorJitter(0.4, 0.4, 0.4, 0.1)
-BLUR = transforms.GaussianBlur(3, sigma=(0.1, 2.0))
+BLUR_SIGMAS = (0.1, 2.0)  # pixels, of a kernel of 3 x 3
 P_JITTER, P_GREY, P_BLUR = 0.7, 0.2, 0.5
 COLOURS_FIRST = 32  # pixels
 GREY = (0.299, 0.587, 0.114)  # ITU-R 601 luma, as Pillow has it
+
+
+class Blur:
+    """Gaussian blur of 3 x 3 pixels by a random sigma, as OpenCV rounds it. PIL RGB image -> the same."""
+
+    def __call__(self, picture: Image.Image) -> Image.Image:
+        sigma = torch.empty(1).uniform_(*BLUR_SIGMAS).item()
+        return Image.fromarray(cv2.GaussianBlur(np.asarray(picture), (3, 3), sigma, borderType=cv2.BORDER_REFLECT_101))
+
+    def __repr__(self) -> str:
+        return f"Blur(sigma={BLUR_SIGMAS})"
 
 
 def view_transform(image_size: int, mirrored: bool) -> transforms.Compose:
@@ -32,7 +48,20 @@ def view_transform(image_size: int, mirrored: bool) -> transforms.Compose:
             transforms.RandomHorizontalFlip(p=0.5 if mirrored else 0.0),
             transforms.RandomApply([JITTER], p=P_JITTER),
             transforms.RandomGrayscale(p=P_GREY),
-            transforms.RandomApply([BLUR], p=P_BLUR),
+            transforms.RandomApply([Blur()], p=P_BLUR),
+            transforms.ToTensor(),
+            transforms.Normalize(IMAGENET_MEAN, IMAGENET_STD),
+        ]
+    )
+
+
+def photo_transform(image_size: int) -> transforms.Compose:
+    """What queries and database images on disk go through: the shorter side is resized to 256 / 224 S and the centre
+    cut out. PIL image -> `[3, S, S]` float32."""
+    return transforms.Compose(
+        [
+            transforms.Resize(round(image_size * 256 / 224)),
+            transforms.CenterCrop(image_size),
             transforms.ToTensor(),
             transforms.Normalize(IMAGENET_MEAN, IMAGENET_STD),
         ]
@@ -63,7 +92,7 @@ def draw_views(heights: Tensor, widths: Tensor, mirrored: bool, generator: torch
     ranges = (JITTER.brightness, JITTER.contrast, JITTER.saturation, JITTER.hue)
     factors = [uniform(*limits) for limits in ranges]
     greyed = uniform(0, 1) < P_GREY
-    sigmas = torch.where(uniform(0, 1) < P_BLUR, uniform(*BLUR.sigma), 0)
+    sigmas = torch.where(uniform(0, 1) < P_BLUR, uniform(*BLUR_SIGMAS), 0)
     return torch.cat([crops, flips, orders, *factors, greyed, sigmas], dim=1)
 
 

@@ -5,19 +5,19 @@ from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
-import loaders
 import numpy as np
 import torch
-from loaders import Preprocessing, TwoViews, ViewOptions
 from torch import Tensor
 
 import data
+import loaders
 import retrieval
 from checkpoint import Callback, Loop, Signals, StateFile, Training, fingerprint
 from config import Config, code_bits, key, recorded
 from data import Splits
 from distributed import device_name
 from feature_cache import Computed, Features, test_features
+from loaders import Preprocessing, TwoViews, ViewOptions
 from methods import METHODS
 from methods.backbones import Backbone, build_backbone, read_state_dict
 from methods.base import Method

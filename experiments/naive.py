@@ -21,7 +21,8 @@ from data import Splits
 from loaders import Preprocessing, ViewOptions
 from methods.backbones import Backbone
 from methods.mecoq import MeCoQ
-from readers import ImageFiles, Images, worker_count
+from readers import ImageFiles, Images
+from utils import worker_count
 
 
 def strip(backbone: Backbone) -> torch.nn.Module:

@@ -14,9 +14,9 @@ import pytest
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from helpers import GOLDEN, LIVELY, small_run, write_cifar10, write_flickr25k, write_nuswide  # noqa: E402
+from helpers import GOLDEN, LIVELY, ROOT, small_run, write_cifar10, write_flickr25k, write_nuswide  # noqa: F401
 
-from methods.backbones import build_backbone  # noqa: E402, found by that path
+from methods.backbones import build_backbone
 
 
 @pytest.fixture(autouse=True)

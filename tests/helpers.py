@@ -194,6 +194,7 @@ def write_cifar10(folder: Path) -> None:
 
 
 def load(name):
+    """The module in scripts/ or experiments/."""
     (path,) = (path for folder in ("scripts", "experiments") if (path := ROOT / folder / f"{name}.py").exists())
     spec = importlib.util.spec_from_file_location(name, path)
     module = importlib.util.module_from_spec(spec)
@@ -202,10 +203,12 @@ def load(name):
 
 
 def call(name, *argv):
+    """The exit code."""
     return run_script(lambda: load(name).main([str(arg) for arg in argv]))
 
 
 def refused(capsys, name, *argv):
+    """The error, which must be one line, of a call that must end with exit code 2."""
     assert call(name, *argv) == 2
     output = capsys.readouterr()
     assert output.err.startswith("error: ")

@@ -179,7 +179,8 @@ def test_the_key_of_a_trial_holds_what_changes_its_result_and_nothing_else(tmp_p
     assert ({"format": sweep.FORMAT, "sha256": "abc", "callback": None} | given).items() <= key.items()
     assert not {"seed", "hp_gamma", "lr_scaling", "views"} & key.keys()  # at their defaults
     same = ["--num_workers", "3", "--data_root", "x", "--weights", "random", "--save_interval", "3",
-            "--hp_gamma", "0.5", "--feature_cache", "off", "--detect_anomaly", "--disable_writer"]  # fmt: skip
+            "--hp_gamma", "0.5", "--feature_cache", "off", "--detect_anomaly", "--disable_writer",
+             "--list_root", "y"]  # fmt: skip
     assert run_trial(tmp_path, *same) == key
     others = ("--hp_gamma=0.4", "--views=pil", "--limit=9", "--image_size=40", "--batch_size=9", "--recipe=release")
     keys = [run_trial(tmp_path, given) for given in others] + [run_trial(tmp_path, callback="CodebookUse")]

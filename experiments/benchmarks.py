@@ -153,7 +153,7 @@ def views(config: Config, options: Options) -> list[dict]:
 
 
 def encode(config: Config, options: Options) -> list[dict]:
-    """Images to codes: nothing known before, and from the feature cache."""
+    """Images to codes: nothing computed before, and from the feature cache."""
     splits, method = engine.build(config)
     images, how = splits.database, engine.preprocessing(config)
     peak = matmul_peak(config.precision, config.device)

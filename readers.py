@@ -325,7 +325,7 @@ def read_texts(source: Path, pattern: str) -> dict[str, str]:
 def claim_folder(folder: Path, names: list[str]) -> None:
     """Make the folder that lists of these names will go to. Raises InputError if none could be written."""
     if any((folder / name).is_dir() for name in names):
-        raise InputError(f"{folder}: a folder stands where a list should go")
+        raise InputError(f"{folder}: a folder is in the way of a list")
     check_writable(folder)
 
 

@@ -20,7 +20,8 @@ from decoding import EncodedImage, NotRegularFileError, image_fault, large_image
 from utils import InputError, RunError, atomic_write, check_writable, one_line, progress_bar
 
 FLICKR25K_CONCEPTS, NUSWIDE_CONCEPTS = 24, 21
-MOST_TEXT = 2**28  # bytes of annotations: several times those of NUS-WIDE, and no memory is filled by an archive
+MOST_TEXT = 2**28  # bytes of annotations: several times those of NUS-WIDE; an archive that has more is a bomb
+PIECE = 2**20  # bytes
 CHECKED_AT_ONCE = 64  # image files per task of a thread
 
 
@@ -305,11 +306,13 @@ def read_texts(source: Path, pattern: str) -> dict[str, str]:
         with _text_files(source) as files:
             for name in filter(wanted.fullmatch, sorted(files)):
                 place = f"{source}, {name}"
+                content = bytearray()
                 with files[name]() as file:
-                    content = file.read(left + 1)  # what an archive says of its sizes may be a lie
-                left -= len(content)
-                if left < 0:
-                    raise InputError(f"{place}: more than {MOST_TEXT >> 20} MiB of text, too much for annotations")
+                    while piece := file.read(PIECE):  # what an archive says of its sizes may be a lie
+                        content += piece
+                        left -= len(piece)
+                        if left < 0:
+                            raise InputError(f"{place}: more than {MOST_TEXT >> 20} MiB of text, no annotations")
                 contents[PurePosixPath(name).name] = content.decode("utf-8")
         return contents
     except InputError:

@@ -202,10 +202,7 @@ def nuswide(tmp_path):
 def test_nuswide_lists_keep_the_frequent_concepts(kind, nuswide, tmp_path):
     truths, images, concepts, truth = nuswide
     if kind == "zip":
-        groundtruth, images = (
-            zipped(groundtruth, tmp_path / "Groundtruth.zip"),
-            zipped(images, tmp_path / "ImageList.zip"),
-        )
+        truths, images = zipped(truths, tmp_path / "Groundtruth.zip"), zipped(images, tmp_path / "ImageList.zip")
     output = tmp_path / "data" / "Nuswide"
     assert call("prepare_nuswide", truths, images, "--output", output, "--count", 400, "--draw", "--queries", 3) == 0
     assert (output / "concepts.txt").read_text().split() == concepts

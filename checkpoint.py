@@ -4,6 +4,7 @@ import hashlib
 import math
 import signal
 import time
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -122,6 +123,17 @@ class Loop:
     save_interval: int = 500
     detect_anomaly: bool = False
 
+    @classmethod
+    def of(cls, config: Config) -> "Loop":
+        return cls(
+            epochs=config.epoch_num,
+            eval_interval=config.eval_interval,
+            patience=config.monitor_counter,
+            log_interval=config.log_interval,
+            save_interval=config.save_interval,
+            detect_anomaly=config.detect_anomaly,
+        )
+
 
 @dataclass(frozen=True)
 class StateFile:
@@ -153,6 +165,7 @@ class Training:
     callbacks: Sequence[Callback] = ()
     signals: Signals = field(default_factory=Signals)
     stopwatch: Stopwatch = field(default_factory=Stopwatch)
+    check_lock: Callable[[], None] = lambda: None  # raises RunError if the run is no longer this process's
     events: Events | None = None
     epoch: int = 0
     step: int = 0
@@ -241,6 +254,7 @@ class Training:
         start = time.perf_counter()
         dear = self.saving > SHARE * (start - self.began) and not self.finished
         if self.file and not (if_cheap and dear):
+            self.check_lock()
             if self.events:
                 self.events.flush()  # what is told of the steps so far must not be lost either
             write_tensors(self.state(), self.file.path)
@@ -305,7 +319,9 @@ STATE = {
 def load_state(path: Path) -> dict:
     """The content of `last.cpt`. Raises InputError if it is not such a file, of another version, or damaged."""
     try:
-        state = load_tensors(path)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # PyTorch's about other kinds of files; one line says it here
+            state = load_tensors(path)
         version = state["format"]
     except Exception as error:  # a damaged pickle can raise nearly anything
         raise damaged(path) from error

@@ -33,7 +33,7 @@ def _path(value: str) -> str | None:
 
 FLAGS: dict[str, tuple[Flag, ...]] = {
     "run": (
-        Flag("method", "MeCoQ", "result", "what is learned", choices=tuple(METHODS)),
+        Flag("method", "MeCoQ", "result", "what is learned", choices=METHODS),
         Flag("notes", None, "place", "name of the run and of its files (default: from data set, protocol and bits)",
              _notes, type=str),
         Flag("recipe", "paper", "result", "defaults for the flags marked [recipe]: what the paper's equations say, or "
@@ -62,7 +62,7 @@ FLAGS: dict[str, tuple[Flag, ...]] = {
     ),
     "data": (
         Flag("dataset", "CIFAR10", "images", "; ".join(f"{name}: {row.help}" for name, row in DATASETS.items()),
-             choices=tuple(DATASETS)),
+             choices=DATASETS),
         Flag("protocol", "I", "images", "CIFAR-10: train on 50,000 (I) or 5,000 (II) images; the others ignore it",
              choices=("I", "II"), aliases=("protocal",)),
         Flag("data_root", "datasets", "place", "folder of the images: CIFAR-10/cifar-10-batches-py, "
@@ -82,7 +82,7 @@ FLAGS: dict[str, tuple[Flag, ...]] = {
     ),
     "backbone": (
         Flag("backbone", "vgg16", "features", "feature extractor; convnet is small and trained from scratch",
-             choices=tuple(sorted(BACKBONES))),
+             choices=BACKBONES),
         Flag("weights", None, "weights", "of the backbone; PATH: a state dict with torchvision's keys (default: "
              "imagenet; convnet: random)", type=str, metavar="{imagenet,random,PATH}"),
         Flag("vgg_model_path", None, "weights", "the same as --weights PATH", type=str, metavar="PATH"),
@@ -283,11 +283,10 @@ def key(config: Config, *kinds: str) -> dict[str, object]:
 
     A flag at its default is in no key, so that a new flag makes no kept file stale.
     """
-    table = rows(config.method).items()
     return {
         name: getattr(config, name)
-        for name, flag in table
-        if flag.affects in (kinds or RESULTS) and getattr(config, name) != flag.absent_from_keys
+        for name, flag in _affecting(config, kinds).items()
+        if getattr(config, name) != flag.absent_from_keys
     }
 
 
@@ -296,11 +295,15 @@ def differing(config: Config, stored: Mapping[str, object], *kinds: str) -> list
     lacks was at its default."""
     return [
         name
-        for name, flag in rows(config.method).items()
-        if flag.affects in (kinds or RESULTS)
-        and name in config
-        and stored.get(name, flag.absent_from_keys) != getattr(config, name)
+        for name, flag in _affecting(config, kinds).items()
+        if stored.get(name, flag.absent_from_keys) != getattr(config, name)
     ]
+
+
+def _affecting(config: Config, kinds: tuple[str, ...]) -> dict[str, Flag]:
+    """The rows of the configuration's flags that affect these kinds."""
+    table = rows(config.method).items()
+    return {name: flag for name, flag in table if name in config and flag.affects in (kinds or RESULTS)}
 
 
 def recorded(config: Config) -> dict[str, object]:

@@ -5,19 +5,19 @@ from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
-import loaders
 import numpy as np
 import torch
-from loaders import Preprocessing, TwoViews, ViewOptions
 from torch import Tensor
 
 import data
+import loaders
 import retrieval
 from checkpoint import Callback, Loop, Signals, StateFile, Training, fingerprint
 from config import Config, code_bits, key, recorded
 from data import Splits
 from distributed import device_name
 from feature_cache import Computed, Features, test_features
+from loaders import Preprocessing, TwoViews, ViewOptions
 from methods import METHODS
 from methods.backbones import Backbone, build_backbone, read_state_dict
 from methods.base import Method
@@ -114,16 +114,8 @@ def start(
     """
     optimizer = build_optimizer(method, config)
     scheduler = build_scheduler(optimizer, config, len(loader))
-    loop = Loop(
-        epochs=config.epoch_num,
-        eval_interval=config.eval_interval,
-        patience=config.monitor_counter,
-        log_interval=config.log_interval,
-        save_interval=config.save_interval,
-        detect_anomaly=config.detect_anomaly,
-    )
     file = StateFile(path, recorded(config), fingerprint) if path else None
-    return Training(method, optimizer, scheduler, loop, len(loader), file, callbacks)
+    return Training(method, optimizer, scheduler, Loop.of(config), len(loader), file, callbacks)
 
 
 # ---------------------------------------------------------------- training
@@ -193,6 +185,7 @@ def train(training: Training, loader: TwoViews, validate: Callable[[], float], m
             )  # fmt: skip
             end_epoch(training, means, validate)
             if training.best_is_now:
+                training.check_lock()
                 save_model(training.method, model_path)
                 training.saved_best = training.patience.best
             if signals.waiting:
@@ -324,18 +317,24 @@ def check_codes(codes: np.ndarray, method: Method, images: Images | ImageFiles, 
 
 
 def run(
-    config: Config, files: Files, log: Path, state: dict | None = None, signals: Signals | None = None
-) -> dict:  # fmt: skip
+    config: Config,
+    files: Files,
+    log: Path,
+    state: dict | None = None,
+    signals: Signals | None = None,
+    check_lock: Callable[[], None] = lambda: None,
+) -> dict:
     """Train, test the best model, and leave every file of a run. Returns what went into `metrics.json`.
 
     Args:
         log: where the log is written until the run has all it needs and takes its place.
         state: of `last.cpt`, to go on from there.
+        check_lock: see `utils.locked`.
     """
     splits, method = build(config)
     loader = build_loader(config, splits)
     training = start(config, method, loader, files.last, fingerprint(splits, method.backbone))
-    training.signals = signals or training.signals
+    training.signals, training.check_lock = signals or training.signals, check_lock
     if state:
         training.restore(state)
         LOG.info("going on in epoch %d, with step %d", training.epoch, training.step)
@@ -352,6 +351,7 @@ def run(
         train(training, loader, lambda: validate(method, features, splits, config.topK), files.model)
     load_best(training, files.model)
     digest = sha256(files.model)  # before the test: a file may be replaced
+    check_lock()
     with training.stopwatch.measure("test"):
         metrics, codes = test(method, features, splits, config.topK)
     told = described(config, splits) | training.summary() | {"model_sha256": digest}

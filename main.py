@@ -24,7 +24,7 @@ def run(config: Config) -> None:
     for folder in (files.checkpoints, files.log.parent if config.disable_writer else files.tensorboard):
         check_writable(folder)
     busy = f"--notes {config.notes}: another process is at this run"
-    with Signals() as signals, locked(files.checkpoints / ".lock", busy, wait=False):
+    with Signals() as signals, locked(files.checkpoints / ".lock", busy, wait=False) as check_lock:
         if config.resume and is_finished(files, config):
             print(f"{files.checkpoints} is finished: nothing to do")
             return
@@ -39,7 +39,7 @@ def run(config: Config) -> None:
             if config.test_only:
                 engine.run_test(config, files, log)
             else:
-                engine.run(config, files, log, state, signals)
+                engine.run(config, files, log, state, signals, check_lock)
             LOG.info("results are in %s", files.checkpoints)
 
 

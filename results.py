@@ -7,6 +7,7 @@ import resource
 import shutil
 import subprocess
 import sys
+import threading
 import tokenize
 import zipfile
 from collections.abc import Callable
@@ -17,7 +18,7 @@ import numpy as np
 import torch
 import torchvision
 from tensorboard.backend.event_processing.event_file_loader import LegacyEventFileLoader  # keeps values as they are
-from tensorboard.summary.writer.event_file_writer import EventFileWriter
+from tensorboard.summary.writer.event_file_writer import EventFileWriter, _AsyncWriterThread
 from torch import Tensor, nn
 from torch.utils.tensorboard import SummaryWriter
 
@@ -143,10 +144,17 @@ class Events:
         self._try(lambda writer: writer.flush())
 
     def __enter__(self) -> "Events":
+        self.hook, threading.excepthook = threading.excepthook, self._leave_to_next_call
         return self
 
     def __exit__(self, *_: object) -> None:
         self._try(lambda writer: writer.close())
+        threading.excepthook = self.hook
+
+    def _leave_to_next_call(self, error: threading.ExceptHookArgs) -> None:
+        """Print no traceback of the thread that writes: the next call of the writer raises its error again."""
+        if not isinstance(error.thread, _AsyncWriterThread):
+            self.hook(error)
 
     def _try(self, action: Callable[[SummaryWriter], object], always: bool = False) -> None:
         try:

@@ -274,11 +274,13 @@ def logging_to(path: Path) -> Iterator[None]:
 
 
 @contextmanager
-def locked(path: Path, busy: str, wait: bool) -> Iterator[None]:
+def locked(path: Path, busy: str, wait: bool) -> Iterator[Callable[[], None]]:
     """A lock held by one process at a time (`busy` says who has it now); the system frees it when the process dies.
 
-    Raises InputError if another process holds it and `wait` is False.
+    Gives a function that raises RunError if the lock's file was removed or replaced: another process may hold it then.
+    Raises InputError if another process holds the lock and `wait` is False.
     """
+    check_regular(path)
     try:
         file = path.open("w")
     except OSError as error:
@@ -291,7 +293,12 @@ def locked(path: Path, busy: str, wait: bool) -> Iterator[None]:
                 raise InputError(busy) from None
             LOG.warning(busy)  # shown without a log, too
             fcntl.lockf(file, fcntl.LOCK_EX)
-        yield
+
+        def check() -> None:
+            if not path.exists() or not os.path.samestat(path.stat(), os.fstat(file.fileno())):
+                raise RunError(f"{path} was removed: another process may be at this run, which therefore ends here")
+
+        yield check
 
 
 def check_regular(path: Path) -> None:
@@ -336,7 +343,10 @@ def write_tensors(content: dict, path: Path) -> None:
     import torch
 
     buffer = io.BytesIO()  # torch.save itself does not end well on a full disk
-    torch.save(content, buffer)
+    try:
+        torch.save(content, buffer)
+    except RuntimeError as error:  # its zip writer, if the buffer cannot grow
+        raise MemoryError(one_line(error)) from error
     with atomic_write(path, "w+b") as file:
         file.write(buffer.getbuffer())
         file.flush()

@@ -203,7 +203,7 @@ def load_weights(net: nn.Module, state: dict[str, Tensor], keys: set[str], fault
             raise InputError(f"{fault}: {key} is missing")
         if key in state and state[key].shape != value.shape:
             raise InputError(f"{fault}: {key} is {list(state[key].shape)} instead of {list(value.shape)}")
-        if key in state and not _plain_numbers(state[key], value.dtype):
+        if key in state and not plain_numbers(state[key], value.dtype):
             raise InputError(f"{fault}: {key} does not hold plain finite numbers")
     for key in state:
         if key not in keys:
@@ -211,7 +211,7 @@ def load_weights(net: nn.Module, state: dict[str, Tensor], keys: set[str], fault
     net.load_state_dict({k: v for k, v in state.items() if k in net.state_dict()}, strict=False)
 
 
-def _plain_numbers(tensor: Tensor, dtype: torch.dtype) -> bool:
+def plain_numbers(tensor: Tensor, dtype: torch.dtype) -> bool:
     """Whether a tensor holds finite numbers, and floating-point ones if the network's are."""
     if tensor.layout != torch.strided or tensor.is_meta or tensor.is_quantized or tensor.is_complex():
         return False

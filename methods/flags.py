@@ -1,7 +1,7 @@
 """Flags as rows: their form, the rules for their values, and the flags of each method. Imports no PyTorch."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 
 from utils import InputError
@@ -34,7 +34,7 @@ class Flag:
     affects: str
     help: str
     rule: Rule | None = None
-    choices: tuple[str, ...] | None = None
+    choices: Collection[str] | None = None
     type: Callable | None = None
     recipe: tuple[object, object] | None = None
     usual: object = None

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 import loss
 import retrieval
+from methods.backbones import plain_numbers
 from methods.base import Method
 from utils import InputError
 
@@ -252,7 +253,7 @@ class MeCoQ(Method):
         M, K, d = codebooks.shape
         if (M, K, d) != (self.M, self.K, self.quantizer.d):
             raise InputError(f"--checkpoint {path}: made with other codebooks; give --M {M} --K {K} --feat_dim {M * d}")
-        if codebooks.is_floating_point() and not codebooks.float().norm(dim=-1).all():
+        if plain_numbers(codebooks, torch.float32) and not codebooks.float().norm(dim=-1).all():
             raise InputError(f"--checkpoint {path}: a codeword is zero: it has no direction")
 
 

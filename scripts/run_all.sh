@@ -2,7 +2,8 @@
 # Runs a list of the scripts on a list of GPUs, one after the other on each; a GPU that is free takes the next of the list.
 #   bash scripts/run_all.sh 0,1,2,3 1-24
 #   bash scripts/run_all.sh 0,0,1 7,9,13-18 --recipe release --output runs/release    # two at a time on GPU 0
-# Further flags go to every run. What is finished with the same flags is skipped, what was stopped goes on; the exit code is 1 if one failed.
+# Further flags go to every run; --dry_run checks them and says what would run. What is finished with the same flags is
+# skipped, what was stopped goes on; the exit code is 1 if one failed.
 set -euo pipefail
 refuse() {
     echo "error: $1" >&2
@@ -13,9 +14,11 @@ refuse() {
 IFS=, read -ra gpus <<<"$1"
 IFS=, read -ra ranges <<<"$2"
 shift 2
+dry=
 for flag in "$@"; do
+    [ "$flag" != --dry_run ] || dry=1
     [[ "$flag" != --notes && "$flag" != --notes=* ]] || refuse "--notes: every run has its own; name another --output"
-    [[ "$flag" != --dry_run && "$flag" != --help && "$flag" != -h ]] || refuse "$flag: give it to a single script"
+    [[ "$flag" != --help && "$flag" != -h ]] || refuse "$flag: give it to a single script"
 done
 scripts=()
 for range in "${ranges[@]}"; do
@@ -30,6 +33,11 @@ done
 source "$(dirname "${BASH_SOURCE[0]}")/venv.sh" requirements.txt
 [[ "$python" != .venv/* ]] || python=$PWD/$python
 export MECOQ_PYTHON=$python
+if [ -n "$dry" ]; then
+    bash "scripts/${scripts[0]}" "${gpus[0]}" "$@" >/dev/null # are the flags sound?
+    printf '%s\n' "would run on ${gpus[*]}: ${scripts[*]}"
+    exit 0
+fi
 
 queue=$(mktemp -d) # a folder run0001.sh: taken; run0001.sh/done: finished
 work() {

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, written_below
+from helpers import ROOT, written_below
 from test_engine import LIVELY, SMALL, args_of, model_of, small_run
 from test_scripts import call, refused
 

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import loss
-from main import RECIPES
+from config import recipe_defaults
 from methods.mecoq import CodebookAttention
 
 LOSS_FLAGS = ("pairing", "debias_memory", "negative_bound", "normalize_memory")
@@ -52,7 +52,7 @@ def test_contrastive_loss_is_its_equation(N, D, memory_size, T, rho, common, see
     assert float(single) == pytest.approx(expected, rel=1e-3, abs=1e-4)
 
 
-def test_lower_bound_takes_over_where_debiasing_would_go_below_zero():
+def test_lower_bound_takes_over_if_debiasing_would_go_below_zero():
     """Two views alike, negatives opposite: the corrected sum is negative, its logarithm would not exist."""
     view = torch.tensor([[1.0, 0.0], [-1.0, 0.0]], dtype=torch.float64)
     T, rho = 0.5, 0.3
@@ -164,7 +164,7 @@ def relative_error(ours, expected):
 def test_golden_release_losses_and_gradients(golden):
     """Total, its terms and the gradients of both embeddings, as the released code computes them in five settings."""
     numbers = golden("release_loss")
-    release = {flag: RECIPES["release"][flag] for flag in LOSS_FLAGS}
+    release = {flag: recipe_defaults("release")[flag] for flag in LOSS_FLAGS}
     for i, c in enumerate(json.loads(str(numbers["config"]))):
         x1, x2 = (torch.from_numpy(numbers[f"{i}/{name}"]).requires_grad_() for name in ("x1", "x2"))
         quantizer = CodebookAttention(c["M"], c["K"], c["M"] * c["D"], alpha=10.0, trained=False)

@@ -1,17 +1,24 @@
+"""MeCoQ: quantizer, memory, objective, checkpoints, against plain loops and the golden numbers of the authors' code."""
+
 import json
-import os
+from argparse import Namespace
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 import torchvision
+from helpers import config_of, method_of, small_run, splits_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torchvision.models.feature_extraction import create_feature_extractor
 
+import engine
 import loss
-from methods.mecoq import BACKBONES, CodebookAttention, CodeMemory, MeCoQ, build_backbone
+import retrieval
+from config import parse
+from methods import mecoq
+from methods.backbones import build_backbone
+from methods.mecoq import CodebookAttention, Codebooks, CodeMemory, MeCoQ, Memory, Objective
 from utils import InputError
 
 
@@ -20,6 +27,12 @@ def quantizer_of(codewords, alpha=10.0):
     quantizer = CodebookAttention(M, K, M * d, alpha).to(codewords.dtype)
     quantizer.codebooks.data = codewords.clone()
     return quantizer
+
+
+def no_backbone(dim):
+    backbone = torch.nn.Identity()
+    backbone.dim = dim
+    return backbone
 
 
 # ---------------------------------------------------------------- quantizer
@@ -70,6 +83,28 @@ def test_quantizer_gradient_against_finite_differences():
     assert torch.autograd.gradcheck(f, (z, quantizer.codebooks.detach().requires_grad_()))
 
 
+def test_codewords_start_short_so_that_they_turn_quickly():
+    """A tenth of unit length, in all directions alike."""
+    codebooks = method_of(config_of("--K", "256", "--M", "4", "--feat_dim", "32")).quantizer.codebooks.detach()
+    assert codebooks.shape == (4, 256, 8)
+    torch.testing.assert_close(codebooks.norm(dim=-1), torch.full((4, 256), 0.1))
+    assert codebooks.mean(dim=(0, 1)).norm() < 0.01
+    gradients = []
+    for length in (0.1, 1.0):
+        quantizer = quantizer_of(length * F.normalize(codebooks, dim=-1))
+        quantizer(torch.linspace(-1, 1, 64).view(2, 32))[1].square().sum().backward()
+        gradients.append(quantizer.codebooks.grad)
+    torch.testing.assert_close(gradients[0], 10 * gradients[1], rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize(("K", "dtype"), [(2, torch.uint8), (256, torch.uint8), (257, torch.int32)])
+def test_codes_are_bytes_if_they_fit(K, dtype):
+    quantizer = CodebookAttention(M=1, K=K, D=8, alpha=10.0)
+    codes = quantizer.hard_codes(quantizer.codewords()[0].detach())
+    assert codes.dtype == dtype
+    assert codes.flatten().tolist() == list(range(K))
+
+
 def test_large_codebooks_give_codes_above_a_byte():
     quantizer = CodebookAttention(M=1, K=1000, D=8, alpha=10.0)
     z = quantizer.codewords()[0, [3, 999, 256]].detach()
@@ -111,19 +146,34 @@ def test_memory_stays_out_of_the_state_dict_and_of_gradients():
     assert memory.entries().ne(0).all()
 
 
+@pytest.mark.parametrize(("kind", "width"), [("soft", 8), ("hard", 8), ("feature", 4)])
+@pytest.mark.parametrize("size", [1, 40, 384])
+def test_memory_is_as_large_as_asked(kind, width, size):
+    method = method_of(config_of("--memory", kind, "--queue_size", str(size)))
+    assert method.memory.codes.shape == (size, 2, width)
+    images = torch.rand(12, 3, 16, 16)
+    for _ in range(35):
+        method.loss(images, 0)
+        method.after_step()
+    assert len(method.memory.entries()) == min(size, 35 * 12)
+
+
+def test_no_memory_unless_it_is_asked_for():
+    assert method_of(config_of("--queue_begin_epoch", "-1")).memory is None
+    assert method_of(config_of("--memory", "none")).memory is None
+
+
 @pytest.mark.parametrize("kind", ["soft", "hard", "feature"])
 def test_memory_kinds_against_loops(kind):
     """Soft and hard codes come back through today's codewords, features as they were."""
     M, K, d, B = 2, 5, 3, 4
-    backbone = torch.nn.Identity()
-    backbone.dim = 1
-    model = MeCoQ(backbone, M * d, M, K, 2.0, 6, kind)
+    method = MeCoQ(no_backbone(1), Codebooks(M, K, M * d, 2.0), Objective(T=0.3), Memory(kind, 6))
     z = torch.randn(B, M * d)
-    p, _ = model.quantizer(z)
-    model.remember(z, p)
-    model.quantizer.codebooks.data = torch.randn(M, K, d)
-    today = model.quantizer.codewords()
-    ours = model.recall(today)
+    p, _ = method.quantizer(z)
+    method.remember(z, p)
+    method.quantizer.codebooks.data = torch.randn(M, K, d)
+    today = method.quantizer.codewords()
+    ours = method.recall(today)
     assert ours.shape == (B, M, d)
     for b in range(B):
         for m in range(M):
@@ -137,176 +187,179 @@ def test_memory_kinds_against_loops(kind):
 
 
 def test_frozen_codebooks_do_not_learn():
-    backbone = torch.nn.Identity()
-    backbone.dim = 1
-    model = MeCoQ(backbone, 4, 2, 3, 10.0, None, trained_codebooks=False)
-    model.quantizer(model(torch.randn(5, 1)))[1].sum().backward()
-    assert model.quantizer.codebooks.grad is None
-    assert model.projection.weight.grad is not None
+    method = MeCoQ(no_backbone(1), Codebooks(2, 3, 4, trained=False), Objective(T=0.3))
+    method.quantizer(method(torch.randn(5, 1)))[1].sum().backward()
+    assert method.quantizer.codebooks.grad is None
+    assert method.projection.weight.grad is not None
 
 
-# ---------------------------------------------------------------- backbones
-
-LAST_LAYER = {"vgg16": "classifier.5", "squeezenet1_0": "features.12.cat", "resnet18": "flatten", "resnet50": "flatten"}
+# ---------------------------------------------------------------- objective
 
 
-@pytest.mark.parametrize("name", LAST_LAYER)
-def test_features_are_torchvisions(name, tmp_path):
-    """A state dict with torchvision's keys, its head included, in half precision, gives torchvision's features."""
-    theirs = torchvision.models.get_model(name, weights=None).eval()
-    state = {k: v.half() if v.is_floating_point() else v for k, v in theirs.state_dict().items()}
-    theirs.load_state_dict(state)
-    torch.save(state, tmp_path / "weights.pth")
-    ours = build_backbone(name, str(tmp_path / "weights.pth"), 1, bf16=False).eval()
-    x = torch.randn(34, 3, 64, 64)
-    with torch.no_grad():
-        expected = create_feature_extractor(theirs, {LAST_LAYER[name]: "f"})(x)["f"]
-        if expected.dim() == 4:
-            expected = expected.mean(dim=(2, 3))
-        torch.testing.assert_close(ours(x), expected, rtol=1e-3, atol=1e-4)
-        bf16 = build_backbone(name, str(tmp_path / "weights.pth"), 0, bf16=True).eval()(x)
-    assert bf16.dtype == torch.float32
-    assert F.cosine_similarity(bf16, expected).min() > 0.99
+def test_objective_is_equation_14_over_both_views_and_the_memory():
+    method = method_of(config_of("--hp_lambda", "0.3", "--queue_begin_epoch", "4"))
+    method.memory.enqueue(torch.rand(11, 2, 8).softmax(-1))
+    images = torch.rand(10, 3, 16, 16)
+    terms = method.loss(images, epoch=4)
+    p, _ = method.quantizer(method(images))
+    C = F.normalize(method.quantizer.codebooks, dim=-1)
+
+    def decode(soft):
+        return torch.cat([soft[:, m] @ C[m] for m in range(2)], dim=1)
+
+    views = decode(p)
+    memory = decode(method.memory.codes[:11])
+    contrastive = loss.contrastive_loss(views[:5], views[5:], memory, T=0.3, pos_prior=0.1)
+    expected = contrastive + 0.3 * loss.code_entropy(p) + 0.5 * loss.codeword_diversity(C)
+    torch.testing.assert_close(terms["loss/total_loss"], expected)
+    without = method.loss(images, epoch=3)["loss/simclr_loss"]
+    torch.testing.assert_close(without, loss.contrastive_loss(views[:5], views[5:], T=0.3, pos_prior=0.1))
+    terms["loss/total_loss"].backward()
+    assert method.quantizer.codebooks.grad.abs().sum() > 0
+    method.after_step()  # both views go into the memory, behind what is there
+    torch.testing.assert_close(method.memory.codes[11:21], p.detach())
 
 
-def test_trainable_layers_of_vgg16_and_its_dropout(tmp_path):
-    """fc7, then fc6 too; never a convolution. Weights: true keys and shapes, each tensor one number in the file."""
-    theirs = torchvision.models.vgg16(weights=None, init_weights=False)
-    state = {k: torch.full((1,), 0.01).expand(v.shape) for k, v in theirs.state_dict().items()}
-    torch.save(state, tmp_path / "vgg16.pth")
-    expected = [set(), {"classifier.3"}, {"classifier.0", "classifier.3"}]
-    for trainable, names in enumerate(expected):
-        backbone = build_backbone("vgg16", str(tmp_path / "vgg16.pth"), trainable, bf16=False)
-        trained = {n.removeprefix("net.").rpartition(".")[0] for n, p in backbone.named_parameters() if p.requires_grad}
-        assert trained == names
-        assert all((p == 0.01).all() for p in backbone.parameters())
-    x = torch.rand(2, 3, 32, 32)
-    assert backbone.dim == backbone(x).shape[1] == 4096
-    assert (backbone(x) == 0).float().mean() == pytest.approx(0.5, abs=0.05)  # dropout after fc7
-    assert (backbone.eval()(x) > 0).all()
+def test_golden_release_trace(golden):
+    """60 steps of the released code, memory from epoch 2 on: loss, weights, codebooks and queue."""
+    numbers = golden("release_trace")
+    c = json.loads(str(numbers["config"]))
+    shared = ("K", "alpha", "T", "pos_prior", "queue_begin_epoch", "queue_size", "hp_lambda", "hp_gamma", "hp_beta",
+              "lr", "momentum", "start_lr", "final_lr")  # fmt: skip
+    config = parse(["--recipe", "release", "--mode", "debias", "--M", str(c["M"])]).replace(
+        epoch_num=c["epochs"], warmup_epoch_num=c["warmup_epochs"], feat_dim=c["M"] * c["D"], memory="soft",
+        **{name: c[name] for name in shared},
+    )  # fmt: skip
+    method = mecoq.build(no_backbone(c["feat_in"]), config)
+    method.projection.weight.data, method.projection.bias.data, method.quantizer.codebooks.data = (
+        torch.from_numpy(numbers[name]) for name in ("W0", "b0", "C0")
+    )
+    steps = list(torch.from_numpy(numbers["feats"]).flatten(1, 2))
+    writer = Namespace(losses=[])
+    writer.add_scalar = lambda tag, value, step: tag == "loss/total_loss" and writer.losses.append(value)
+    training = engine.start(config, method, steps[: c["steps_per_epoch"]])
+    training.events = writer
+    for epoch in range(c["epochs"]):
+        training.epoch, training.step, training.sums = epoch, 0, {}
+        engine.train_epoch(training, steps[epoch * c["steps_per_epoch"] :][: c["steps_per_epoch"]])
+    np.testing.assert_allclose(writer.losses, numbers["loss"], atol=1e-4)
+    np.testing.assert_allclose(method.projection.weight.detach(), numbers["W"], atol=1e-4)
+    np.testing.assert_allclose(method.projection.bias.detach(), numbers["b"], atol=1e-4)
+    np.testing.assert_allclose(method.quantizer.codewords(), numbers["C"], atol=1e-4)
+    np.testing.assert_allclose(method.memory.codes, numbers["queue"], atol=1e-4)
 
 
-@pytest.mark.parametrize(("name", "count"), [("squeezenet1_0", 8), ("resnet18", 8), ("resnet50", 16)])
-def test_every_block_can_be_trained(name, count):
-    assert BACKBONES[name][1] == count
-    trained = []
-    for number in range(count + 1):
-        backbone = build_backbone(name, "random", number, bf16=False)
-        trained.append(sum(p.requires_grad for p in backbone.parameters()))
-    assert trained == sorted(set(trained))
-    total = len(list(backbone.parameters()))
-    assert trained[0] == 0
-    assert trained[-1] == total - {"squeezenet1_0": 2, "resnet18": 3, "resnet50": 3}[name]  # all but the stem
-
-
-def test_frozen_batch_statistics_do_not_change_and_trained_ones_do():
-    backbone = build_backbone("resnet18", "random", 1, bf16=False).train()
-    before = {n: b.clone() for n, b in backbone.named_buffers()}
-    backbone(torch.rand(4, 3, 64, 64))
-    changed = {n for n, b in backbone.named_buffers() if not torch.equal(b, before[n])}
-    assert changed == {n for n in before if "layer4.1" in n}
-
-
-def test_convnet_is_trained_as_a_whole():
-    backbone = build_backbone("convnet", "random", 0, bf16=True)
-    assert all(p.requires_grad for p in backbone.parameters())
-    assert backbone(torch.rand(2, 3, 32, 32)).shape == (2, backbone.dim)
-    assert backbone(torch.rand(2, 3, 8, 8)).shape == (2, backbone.dim)
-
-
-def damaged(state, kind):
-    state = dict(state)
-    if kind == "missing":
-        del state["features.3.squeeze.weight"]
-    elif kind == "shape":
-        state["features.3.squeeze.weight"] = torch.zeros(2, 2)
-    elif kind == "foreign":
-        state["features.99.weight"] = torch.zeros(2)
-    elif kind == "nan":
-        state["features.3.squeeze.weight"] = torch.full((16, 96, 1, 1), torch.nan)
-    elif kind == "meta":
-        state["features.3.squeeze.weight"] = torch.empty((16, 96, 1, 1), device="meta")
-    elif kind == "nested":
-        state = {"state_dict": state}
-    return state
-
-
-@pytest.mark.parametrize(
-    ("kind", "words"),
-    [
-        ("missing", r"do not fit squeezenet1_0: features.3.squeeze.weight is missing"),
-        ("shape", r"features.3.squeeze.weight is \[2, 2\] instead of \[16, 96, 1, 1\]"),
-        ("foreign", r"features.99.weight is not part of it"),
-        ("nan", r"features.3.squeeze.weight does not hold plain finite numbers"),
-        ("meta", r"features.3.squeeze.weight does not hold plain finite numbers"),
-        ("nested", r"is not a state dict"),
-    ],
-)
-def test_weights_that_do_not_fit_name_the_first_key(kind, words, tmp_path):
-    state = torchvision.models.squeezenet1_0(weights=None).state_dict()
-    torch.save(damaged(state, kind), tmp_path / "w.pth")
-    with pytest.raises(InputError, match=words):
-        build_backbone("squeezenet1_0", str(tmp_path / "w.pth"), 0, bf16=False)
-
-
-@pytest.mark.parametrize("content", [b"", b"garbage", b"PK\x03\x04 cut off", b".", b"e", b"J\x00", None])
-def test_unreadable_weights(content, tmp_path):
-    path = tmp_path / "w.pth"
-    if content is not None:
-        path.write_bytes(content)
-    with pytest.raises(InputError, match=r"w\.pth"):
-        build_backbone("squeezenet1_0", str(path), 0, bf16=False)
-
-
-def test_weights_file_runs_no_code(tmp_path):
-    class Evil:
-        def __reduce__(self):
-            return (open, (str(tmp_path / "hacked"), "w"))
-
-    torch.save({"a": Evil()}, tmp_path / "w.pth")
-    with pytest.raises(InputError):
-        build_backbone("squeezenet1_0", str(tmp_path / "w.pth"), 0, bf16=False)
-    assert not (tmp_path / "hacked").exists()
-
-
-def test_imagenet_weights_without_network(monkeypatch, tmp_path):
-    def refuse(*args, **kwargs):
-        raise OSError("no route to host")
-
-    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
-    monkeypatch.setattr("urllib.request.urlopen", refuse)
-    monkeypatch.setattr("torch.hub.urlopen", refuse)
-    with pytest.raises(InputError, match=r"no route to host.*pass --weights PATH"):
-        build_backbone("squeezenet1_0", "imagenet", 0, bf16=False)
+@pytest.mark.parametrize("kind", ["soft", "hard", "feature"])
+def test_a_step_reads_nothing_from_the_device(kind, monkeypatch):
+    """Tensors on the meta device have no values: whatever asked for one would fail. What is read every
+    `--log_interval` steps is taken away, and fails if it is not."""
+    config = config_of("--queue_begin_epoch", "0", "--memory", kind, "--hp_lambda", "0.1", "--precision", "fp32")
+    method = method_of(config).to("meta")
+    steps = [torch.empty(12, 3, 16, 16, device="meta")] * 3
+    training = engine.start(config, method, steps)
+    with pytest.raises((RuntimeError, NotImplementedError), match=r"[Mm]eta"):
+        engine.train_epoch(training, steps)
+    monkeypatch.setattr(engine.StepLog, "add", lambda *_: None)
+    training.step = 0
+    engine.train_epoch(training, steps)
 
 
 def test_gradients_reach_all_that_is_learned_and_nothing_else():
-    model = MeCoQ(build_backbone("squeezenet1_0", "random", 1, bf16=True), D=8, M=2, K=4, alpha=10.0, queue_size=None)
-    soft_codes, reconstruction = model.quantizer(model(torch.rand(4, 3, 64, 64)))
+    backbone = build_backbone("squeezenet1_0", "random", 1, bf16=True)
+    method = MeCoQ(backbone, Codebooks(2, 4, 8), Objective(T=0.3))
+    soft_codes, reconstruction = method.quantizer(method(torch.rand(4, 3, 64, 64)))
     assert soft_codes.shape == (4, 2, 4)
     loss.contrastive_loss(*reconstruction.flatten(1).chunk(2), T=0.3).backward()
-    learned = {n for n, p in model.named_parameters() if p.grad is not None and p.grad.abs().sum() > 0}
+    learned = {n for n, p in method.named_parameters() if p.grad is not None and p.grad.abs().sum() > 0}
     expected = {"projection.weight", "projection.bias", "quantizer.codebooks"}
-    expected |= {n for n, _ in model.named_parameters() if n.startswith("backbone.net.features.12.")}
+    expected |= {n for n, _ in method.named_parameters() if n.startswith("backbone.net.features.12.")}
     assert learned == expected
 
 
-@pytest.mark.skipif("MECOQ_ALL" not in os.environ, reason="a minute of compiling: scripts/test.sh --all")
-def test_compiled_features_are_the_same_but_for_rounding():
-    backbone = build_backbone("squeezenet1_0", "random", 1, bf16=False)
-    x = torch.rand(40, 3, 48, 48)
-    expected = backbone(x)
-    backbone.compile_frozen(48, "cpu")
-    torch.testing.assert_close(backbone(x), expected, atol=1e-4, rtol=1e-3)
+# ---------------------------------------------------------------- checkpoints
 
 
-def test_what_can_not_be_compiled_is_said_in_one_line(monkeypatch):
-    def compile_nothing(function):
-        def fails(*_):
-            raise RuntimeError("no compiler\nfound")
+@pytest.mark.parametrize("recipe", ["paper", "release"])
+def test_a_checkpoint_of_the_authors_release(recipe, tmp_path):
+    """Their keys, `vgg.*`, `projection.*`, `pq_layer._C`: MAP as by torchvision's network and plain scoring."""
+    vgg = torchvision.models.vgg16(weights=None).eval()
+    M, K, d = 2, 64, 4
+    projection, C = torch.nn.Linear(4096, M * d), F.normalize(torch.randn(M, K, d), dim=-1)
+    projection.weight.data *= 30  # random features differ little: let the codes differ all the same
+    state = {f"vgg.{key}": value for key, value in vgg.state_dict().items() if not key.startswith("classifier.6")}
+    state |= {f"projection.{key}": value for key, value in projection.state_dict().items()} | {"pq_layer._C": C}
+    torch.save(state, tmp_path / "model.cpt")
+    folder = small_run(
+        tmp_path, "--backbone", "vgg16", "--image_size", "32", "--limit", "60", "--M", "2", "--K", "64",
+        "--precision", "fp32", "--recipe", recipe, "--test_only", "--checkpoint", str(tmp_path / "model.cpt"),
+    )  # fmt: skip
+    splits = splits_of("Digits", limit=60)
+    vgg.classifier = vgg.classifier[:6]
+    T = torchvision.transforms
+    transform = T.Compose([T.Resize((32, 32)), T.ToTensor(), T.Normalize((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))])
 
-        return fails
+    @torch.inference_mode()
+    def embed(images):
+        return projection(vgg(torch.stack([transform(images.picture(i)) for i in range(60)]))).view(60, M, d)
 
-    monkeypatch.setattr(torch, "compile", compile_nothing)
-    with pytest.raises(InputError, match=r"--compile: PyTorch can not .*no compiler found"):
-        build_backbone("squeezenet1_0", "random", 1, bf16=False).compile_frozen(32, "cpu")
+    db, query = embed(splits.database), embed(splits.query)
+    codes = torch.einsum("nmd,mkd->nmk", F.normalize(db, dim=-1), C).argmax(dim=-1)
+    agree = (codes.numpy() == np.load(folder / "db_codes.npy")).mean()
+    assert agree > 0.98  # float32 in another order: a tie may fall otherwise
+    codes = torch.from_numpy(np.load(folder / "db_codes.npy")).long()
+    decoded = torch.stack([C[m][codes[:, m]] for m in range(M)], dim=1)  # [n, M, d]
+    segments = F.normalize(query, dim=-1) if recipe == "paper" else query
+    scores = torch.einsum("qmd,nmd->qn", segments.double(), decoded.double())
+    hits = torch.from_numpy(splits.query.labels[:, None] == splits.database.labels[None])
+    order = scores.float().argsort(dim=1, descending=True, stable=True)
+    expected = retrieval.average_precision(hits.gather(1, order)[:, :20]).mean()
+    metrics = json.loads((folder / "metrics.json").read_text())
+    assert metrics["map"] == pytest.approx(float(expected), abs=2e-3)
+
+
+def codebook_is_zero(codebooks):
+    return torch.zeros_like(codebooks)
+
+
+def codeword_is_zero(codebooks):
+    codebooks[1, 3] = 0
+    return codebooks
+
+
+def codebooks_are_bytes(codebooks):
+    return (codebooks * 100).round().clamp(-100, 100).to(torch.int8)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (codebook_is_zero, "a codeword is zero: it has no direction"),
+        (codeword_is_zero, "a codeword is zero: it has no direction"),
+        (codebooks_are_bytes, "quantizer.codebooks does not hold plain finite numbers"),
+        (lambda codebooks: codebooks * torch.nan, "quantizer.codebooks does not hold plain finite numbers"),
+        (lambda codebooks: codebooks.to(torch.complex64), "quantizer.codebooks does not hold plain finite numbers"),
+        (torch.Tensor.to_sparse, "quantizer.codebooks does not hold plain finite numbers"),
+        (lambda codebooks: codebooks.to("meta"), "quantizer.codebooks does not hold plain finite numbers"),
+        (lambda codebooks: codebooks[0], "there are no codebooks [M, K, D / M] in it"),
+        (lambda codebooks: codebooks[:, :6], "give --M 2 --K 6 --feat_dim 8"),
+    ],
+)
+def test_codebooks_that_mean_nothing_are_refused(change, words, tmp_path):
+    method = method_of(config_of())
+    state = method.state_dict()
+    state["quantizer.codebooks"] = change(state["quantizer.codebooks"].clone())
+    torch.save(state, tmp_path / "model.cpt")
+    with pytest.raises(InputError) as error:
+        method.load_checkpoint(tmp_path / "model.cpt")
+    assert words in str(error.value)
+    assert str(tmp_path / "model.cpt") in str(error.value)
+
+
+@pytest.mark.parametrize("name", ["projection.weight", "backbone.net.0.0.weight"])
+def test_weights_of_whole_numbers_are_refused(name, tmp_path):
+    method = method_of(config_of())
+    state = method.state_dict()
+    state[name] = (state[name] * 50).to(torch.int8)
+    torch.save(state, tmp_path / "model.cpt")
+    with pytest.raises(InputError, match=f"{name} does not hold plain finite numbers"):
+        method.load_checkpoint(tmp_path / "model.cpt")

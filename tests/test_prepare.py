@@ -9,8 +9,7 @@ import zipfile
 
 import numpy as np
 import pytest
-from conftest import ROOT, written_below
-from helpers import call, load, refused, zipped
+from helpers import ROOT, call, load, refused, written_below, zipped
 
 import data
 import readers

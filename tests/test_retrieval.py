@@ -52,9 +52,9 @@ def test_metrics_against_brute_force_with_many_ties(Q, n, M, multi_label, seed, 
     topK = draw.draw(st.one_of(st.none(), st.integers(1, n + 3)))
     scores = [[sum(float(tables[q, m, codes[j, m]]) for m in range(M)) for j in range(n)] for q in range(Q)]
     expected_map, recall, precision = brute_force(scores, relevant, topK or n)
-    ours = retrieval.evaluate(given, tables, codes.to(torch.uint8), *labels, topK)
+    ours = retrieval.evaluate(given, tables, codes.to(torch.uint8), labels, topK)
     assert ours.map == pytest.approx(expected_map, abs=1e-12)
-    assert retrieval.mean_average_precision(given, tables, codes.to(torch.uint8), *labels, topK) == ours.map
+    assert retrieval.mean_average_precision(given, tables, codes.to(torch.uint8), labels, topK) == ours.map
     np.testing.assert_allclose(ours.pr, [recall, precision], atol=1e-12)
     cut = min(topK or n, n)
     np.testing.assert_allclose(ours.p_at_k, [np.arange(1, cut + 1), precision[:cut]], atol=1e-12)
@@ -132,9 +132,9 @@ def test_result_does_not_depend_on_the_chunks(monkeypatch):
     tables, codes = torch.randn(23, 2, 8), torch.randint(8, (50, 2))
     labels = torch.randint(4, (23,)), torch.randint(4, (50,))
     seen = []
-    whole = retrieval.evaluate(given, tables, codes, *labels, 10, on_chunk=seen.append)
+    whole = retrieval.evaluate(given, tables, codes, labels, 10, on_chunk=seen.append)
     monkeypatch.setitem(retrieval.CHUNK_ELEMENTS, "cpu", 200)
-    parts = retrieval.evaluate(given, tables, codes, *labels, 10, on_chunk=seen.append)
+    parts = retrieval.evaluate(given, tables, codes, labels, 10, on_chunk=seen.append)
     assert whole.map == pytest.approx(parts.map, abs=1e-14)
     torch.testing.assert_close(whole.pr, parts.pr)
     assert seen == [23, 4, 4, 4, 4, 4, 3]
@@ -165,7 +165,7 @@ def test_golden_metrics(golden, kind, distance):
     keys = [key for key in numbers.files if key.startswith(prefix)]
     for key in (key for key in keys if "MAP@" in key):
         topK = re.search(r"MAP@(\w+)", key)[1]
-        ours = retrieval.evaluate(given, tables, codes, *labels, None if topK == "None" else int(topK))
+        ours = retrieval.evaluate(given, tables, codes, labels, None if topK == "None" else int(topK))
         assert ours.map == pytest.approx(float(numbers[key]), abs=1e-6)
     scores = retrieval.aqs_scores(tables, codes).double().numpy()
     relevant = retrieval.relevance(*labels).numpy()
@@ -178,7 +178,7 @@ def test_golden_metrics(golden, kind, distance):
     np.testing.assert_allclose(ours.pr.numpy()[certain], numbers[prefix + "PR"][certain], atol=1e-6)
     for key in (key for key in keys if re.search(r"/P@", key)):
         topK = int(key.rpartition("@")[2])
-        p_at_k = retrieval.evaluate(given, tables, codes, *labels, topK).p_at_k.numpy()
+        p_at_k = retrieval.evaluate(given, tables, codes, labels, topK).p_at_k.numpy()
         np.testing.assert_array_equal(p_at_k[0], numbers[key][0])
         settled = certain[1][:topK]
         np.testing.assert_allclose(p_at_k[1][settled], numbers[key][1][settled], atol=1e-6)

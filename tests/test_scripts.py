@@ -1,4 +1,4 @@
-"""The tools that a user starts by hand, called in this process as `main(argv)` under `run_script`."""
+"""The shell scripts: run0001.sh ... run0024.sh hold the published flags, run_all.sh runs them all."""
 
 import contextlib
 import csv
@@ -11,17 +11,16 @@ import time
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, wait_for
-from helpers import call, refused
+from helpers import ROOT, wait_for
 
-import main
+from config import parse
 
 # ---------------------------------------------------------------- run0001.sh ... run0024.sh
 
 
 @pytest.fixture
 def stub(tmp_path):
-    """An interpreter that writes down its arguments, one a line, and fails where --notes is Flickr32bits."""
+    """An interpreter that writes down its arguments, one per line, and fails if --notes is Flickr32bits."""
     path = tmp_path / "python"
     path.write_text(
         f"#!/bin/bash\n{{ flock 9; printf '%s\\n' \"$@\" --; }} 9>{tmp_path}/lock >>{tmp_path}/calls\n"
@@ -52,7 +51,7 @@ def test_scripts_hold_the_published_flags_and_nothing_else(row, stub):
     script, cwd = (row["script"], ROOT / "scripts") if inside else (f"scripts/{row['script']}", ROOT)
     result, calls = stub(script, "0", cwd=cwd)
     assert result.returncode in (0, 2)  # the stub's
-    config = vars(main.resolve(main.build_parser().parse_args(calls[0])))
+    config = vars(parse(calls[0]))
     assert config["notes"] == row["notes"]
     assert config["symmetric_distance"] == (row["symmetric_distance"] == "1")
     for flag in ("dataset", "mode"):
@@ -65,7 +64,7 @@ def test_scripts_hold_the_published_flags_and_nothing_else(row, stub):
         assert config[flag] == float(row[flag])
     same = ("notes", "dataset", "protocol", "trainable_layer_num", "M", "feat_dim", "T", "hp_beta", "hp_lambda", "mode",
             "pos_prior", "queue_begin_epoch", "topK", "symmetric_distance", "device", "memory")  # fmt: skip
-    defaults = vars(main.resolve(main.build_parser().parse_args([])))
+    defaults = vars(parse([]))
     assert {k: v for k, v in config.items() if k not in same} == {k: v for k, v in defaults.items() if k not in same}
     assert (config["device"], config["memory"]) == ("cuda:0", "soft")
 
@@ -81,11 +80,11 @@ def test_further_flags_are_passed_on_and_win(stub):
     _, calls = stub(
         "scripts/run0015.sh", "3", "--recipe", "release", "--seed", "7", "--notes", "mine", "--hp_lambda", "0"
     )
-    config = main.resolve(main.build_parser().parse_args(calls[0]))
+    config = parse(calls[0])
     assert (config.device, config.recipe, config.seed, config.notes) == ("cuda:3", "release", 7, "mine")
     assert (config.hp_lambda, config.pairing) == (0, "all")
     _, calls = stub("scripts/run0015.sh", "cpu")
-    assert main.resolve(main.build_parser().parse_args(calls[1])).device == "cpu"
+    assert parse(calls[1]).device == "cpu"
 
 
 @pytest.mark.parametrize("arguments", [[], ["cuda"], ["--seed", "7"], ["0a"], [""]])
@@ -109,7 +108,7 @@ def test_a_script_really_starts_main():
 
 def test_run_all_runs_each_script_once_and_reports_failures(stub):
     result, calls = stub("scripts/run_all.sh", "0,2,cpu", "1-5,0009", "--recipe", "release")
-    configs = [main.resolve(main.build_parser().parse_args(call)) for call in calls]
+    configs = [parse(call) for call in calls]
     rows = run_configs()
     assert sorted(c.notes for c in configs) == sorted(rows[i - 1]["notes"] for i in (1, 2, 3, 4, 5, 9))
     assert all(c.recipe == "release" and c.resume for c in configs)
@@ -119,7 +118,7 @@ def test_run_all_runs_each_script_once_and_reports_failures(stub):
     assert result.stderr.rstrip().endswith("failed: run0003.sh")
     result, calls = stub("scripts/run_all.sh", "1", "7-8")
     assert result.returncode == 0
-    assert [main.resolve(main.build_parser().parse_args(call)).device for call in calls[-2:]] == ["cuda:1"] * 2
+    assert [parse(call).device for call in calls[-2:]] == ["cuda:1"] * 2
 
 
 @pytest.mark.parametrize(
@@ -134,11 +133,11 @@ def test_run_all_runs_each_script_once_and_reports_failures(stub):
         ["0", "23-25"],
         ["0", "5-1"],
         ["0", "1,9-7"],
-        ["0", "1", "--dry_run"],
+        ["0", "1", "--help"],
         ["0", "1", "--notes", "x"],
     ],
 )
-def test_run_all_refuses_what_it_can_not_run(arguments, stub):
+def test_run_all_refuses_what_it_cannot_run(arguments, stub):
     result, calls = stub("scripts/run_all.sh", *arguments)
     assert (result.returncode, calls) == (2, [])
     assert result.stderr.count("\n") == 1
@@ -171,6 +170,59 @@ def test_run_all_interrupted_ends_its_runs_and_starts_no_other(number, tmp_path)
                 os.kill(int(pid), signal.SIGKILL)
 
 
+def test_run_all_says_what_it_would_run():
+    environment = os.environ | {"MECOQ_PYTHON": sys.executable}
+    command = ["bash", "scripts/run_all.sh", "0,1", "3,7-8", "--recipe", "release", "--dry_run"]
+    result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=True)
+    assert result.stdout == "would run on 0 1: run0003.sh run0007.sh run0008.sh\n"
+    result = subprocess.run([*command, "--lr", "fast"], cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert (result.returncode, result.stderr.count("\n")) == (2, 1)
+
+
+def test_the_quick_start_can_be_tried_without_training(tmp_path):
+    environment = os.environ | {"MECOQ_PYTHON": sys.executable}
+    command = ["bash", "scripts/quickstart.sh", "--output", str(tmp_path), "--dry_run"]
+    result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=True)
+    assert result.stdout.count('"dataset": "Digits"') == 2
+    assert not list(tmp_path.iterdir())
+
+
+# ---------------------------------------------------------------- the environment
+
+
+@pytest.fixture
+def project(tmp_path):
+    """A copy of what venv.sh needs, with an interpreter that notes what pip is asked to install."""
+    (tmp_path / "scripts").mkdir()
+    for name in ("scripts/venv.sh", "requirements.txt", "requirements-extra.txt", "requirements-test.txt"):
+        (tmp_path / name).write_bytes((ROOT / name).read_bytes())
+    python = tmp_path / ".venv" / "bin" / "python"
+    python.parent.mkdir(parents=True)
+    python.write_text(f'#!/bin/bash\necho "$@" >>{tmp_path}/calls\n')
+    python.chmod(0o755)
+
+    def source(*files):
+        environment = {name: value for name, value in os.environ.items() if name != "MECOQ_PYTHON"}
+        (tmp_path / "calls").write_text("")
+        command = f"set -euo pipefail; source scripts/venv.sh {' '.join(files)}"
+        subprocess.run(["bash", "-c", command], cwd=tmp_path, env=environment, check=True)
+        return [line for line in (tmp_path / "calls").read_text().splitlines() if "install" in line]
+
+    return tmp_path, source
+
+
+def test_requirements_are_installed_once_and_when_they_change(project):
+    folder, source = project
+    assert len(source("requirements.txt")) == 1
+    assert source("requirements.txt") == []
+    (installed,) = source("requirements-test.txt")
+    assert installed.endswith("--requirement=requirements-test.txt")
+    assert source("requirements.txt") == source("requirements-test.txt") == []
+    with (folder / "requirements.txt").open("a") as file:
+        file.write("another\n")
+    assert len(source("requirements.txt")) == len(source("requirements-test.txt")) == 1
+
+
 def test_run_all_tells_of_scripts_that_never_ran(tmp_path):
     """A worker that is killed leaves its queue undone."""
     python = tmp_path / "python"
@@ -182,78 +234,3 @@ def test_run_all_tells_of_scripts_that_never_ran(tmp_path):
     )  # fmt: skip
     assert result.returncode == 1
     assert result.stderr.splitlines()[-1] == "failed: run0001.sh run0002.sh run0003.sh"
-
-
-# ---------------------------------------------------------------- compare_published
-
-
-def write_metrics(output, notes, value, flags, canonical=True):
-    config = vars(main.resolve(main.build_parser().parse_args(flags)))
-    folder = output / "checkpoints" / notes
-    folder.mkdir(parents=True)
-    metrics = {"map": value, "bits": config["M"] * 8, "canonical_data": canonical, "config": config}
-    (folder / "metrics.json").write_text(json.dumps(metrics))
-
-
-CIFAR_II_32 = """--dataset CIFAR10 --protocol II --M 4 --feat_dim 48 --trainable_layer_num 2 --T 0.35 --hp_beta 5e-3
-    --hp_lambda 0.1 --mode debias --pos_prior 0.1 --queue_begin_epoch 15 --topK 1000""".split()  # noqa: SIM905
-
-
-def test_our_numbers_stand_beside_the_published_ones(tmp_path, capsys):
-    """Expected values are read off the published tables by hand."""
-    for seed, value in ((1, 0.64), (2, 0.65)):
-        write_metrics(tmp_path, f"seed{seed}", value, [*CIFAR_II_32, "--seed", str(seed)])
-    write_metrics(tmp_path, "own", 0.6, [*CIFAR_II_32, "--recipe", "release", "--pairing", "own"])
-    for notes, value, flags in (("a", 0.5, ["--memory", "none"]), ("b", 0.3, ["--topK", "10"])):
-        write_metrics(tmp_path, notes, value, [*CIFAR_II_32, *flags])
-    tested = ["--test_only", "--checkpoint", "their/model.cpt", "--recipe", "release"]
-    write_metrics(tmp_path, "c", 0.63, [*CIFAR_II_32, *tested])
-    write_metrics(tmp_path / "b", "16", 0.7, ["--dataset", "NUSWIDE", "--M", "2", "--symmetric_distance"], False)
-    write_metrics(tmp_path / "b", "digits", 0.9, ["--dataset", "Digits"])
-    log = tmp_path / "old-CifarI16bits.log"
-    log.write_text("epoch 0: avg loss=4.9\nval mAP=0.6\n2021-08-01 test mAP=0.681300\n")
-    assert call("compare_published", "--output", tmp_path, tmp_path / "b", "--logs", log) == 0
-    with (tmp_path / "checkpoints" / "compare_published.csv").open() as file:
-        rows = {(row["experiment"], row["setting"]): row for row in csv.DictReader(file)}
-    paper = rows["CifarII32bits", "paper"]
-    assert [float(paper[f"ours_{key}"]) for key in ("count", "mean", "min", "max")] == [2, 64.5, 64, 65]
-    assert (float(paper["paper"]), float(paper["minus_paper"])) == (64.09, 0.41)
-    assert float(paper["release_mean"]) == pytest.approx((64.0929 + 64.11 + 63.1728) / 3, abs=1e-3)
-    assert (float(paper["release_min"]), float(paper["release_max"])) == (63.1728, 64.11)
-    assert float(rows["CifarII32bits", "release, pairing=own"]["ours_mean"]) == 60
-    assert float(rows["CifarII32bits", "paper, memory=none, queue_begin_epoch=-1"]["ours_mean"]) == 50
-    assert float(rows["CifarII32bits", "paper, topK=10"]["ours_mean"]) == 30
-    assert [s for e, s in rows if "test_only=True" in s and "checkpoint=their/model.cpt" in s]
-    symm = next(row for (e, s), row in rows.items() if e == "Nuswide16bitsSymm")
-    assert all(words in symm["setting"] for words in ("T=0.1", "topK=None", "not the published images"))
-    assert (symm["paper"], float(symm["ours_mean"])) == ("", 70)
-    assert float(rows["CifarI16bits", "log"]["minus_paper"]) == pytest.approx(68.13 - 68.20)
-    assert len({experiment for experiment, _ in rows}) == 24
-    text = capsys.readouterr().out
-    assert (tmp_path / "checkpoints" / "compare_published.md").read_text() in text
-    line = next(line for line in text.splitlines() if "CifarII32bits " in line and "paper" in line)
-    assert [cell.strip() for cell in line.split("|")[3:6]] == ["2", "64.50 (64.00-65.00)", "64.09"]
-
-
-@pytest.mark.parametrize(
-    ("name", "content", "words"),
-    [
-        ("checkpoints/a/metrics.json", "{", "is not the metrics.json of a run"),
-        ("checkpoints/a/metrics.json", "[]", "is not the metrics.json of a run"),
-        ("checkpoints/a/metrics.json", '{"map": 0.1, "config": {}}', "of another version"),
-        ("checkpoints/a/metrics.json", "[" * 100000, "is not the metrics.json of a run"),
-        ("checkpoints/a/metrics.json", '{"map": 0.1, "config": {"dataset": []}}', "of another version"),
-        ("mine.log", "test mAP=0.5", "does not say which experiment"),
-        ("CifarI16bits.log", "val mAP=0.5", "no line 'test mAP=...'"),
-        ("CifarI16bits.log", None, "not readable"),
-    ],
-)
-def test_results_that_can_not_be_compared_are_named(name, content, words, tmp_path, capsys):
-    path = tmp_path / name
-    path.parent.mkdir(parents=True, exist_ok=True)
-    if content is not None:
-        path.write_text(content)
-    logs = ["--logs", path] if name.endswith(".log") else []
-    error = refused(capsys, "compare_published", "--output", tmp_path, *logs)
-    assert words in error
-    assert str(path) in error

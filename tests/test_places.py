@@ -1,0 +1,119 @@
+"""Files that are no files, locks that are taken away, and memory that runs out while something is saved."""
+
+import os
+import re
+import subprocess
+import sys
+
+import pytest
+import torch
+from helpers import ROOT
+
+import utils
+from utils import InputError, RunError, atomic_write, locked, run_script, write_tensors
+
+RUN = [
+    "--dataset", "Digits", "--backbone", "convnet", "--image_size", "16", "--limit", "60", "--epoch_num", "2",
+    "--batch_size", "16", "--topK", "9", "--disable_writer", "--feature_cache", "off", "--num_workers", "0",
+    "--notes", "x", "--save_interval", "1",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", ["folder", "fifo", "device", "link to a device"])
+def test_only_regular_files_are_written(kind, tmp_path):
+    path = tmp_path / "target"
+    if kind == "folder":
+        path.mkdir()
+    elif kind == "fifo":
+        os.mkfifo(path)
+    elif kind == "device":
+        os.mknod(path, 0o20666, os.makedev(1, 3))
+    else:
+        path.symlink_to("/dev/full")
+    before = path.lstat()
+    with pytest.raises(InputError, match="is not a regular file"), atomic_write(path) as file:
+        file.write(b"x")
+    assert path.lstat() == before
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_of_a_link_the_target_is_written(tmp_path):
+    (tmp_path / "folder").mkdir()
+    target, link = tmp_path / "folder" / "target", tmp_path / "link"
+    target.write_text("old")
+    link.symlink_to(target)
+    with atomic_write(link, "w") as file:
+        file.write("new")
+    assert link.is_symlink()
+    assert target.read_text() == "new"
+    assert sorted(path.name for path in tmp_path.rglob("*")) == ["folder", "link", "target"]
+
+
+def test_a_lock_or_a_log_that_is_a_pipe_does_not_hang(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(InputError, match="is not a regular file"), locked(tmp_path / "pipe", "busy", wait=False):
+        pass
+    with pytest.raises(InputError, match="is not a regular file"), utils.new_log(tmp_path / "pipe", beside=False):
+        pass
+
+
+@pytest.mark.parametrize("change", ["removed", "replaced", "kept"])
+def test_a_lock_says_whether_it_is_still_held(change, tmp_path):
+    path = tmp_path / ".lock"
+    with locked(path, "busy", wait=False) as check:
+        check()
+        if change != "kept":
+            path.unlink()
+        if change == "replaced":
+            path.touch()
+        if change == "kept":
+            check()
+        else:
+            with pytest.raises(RunError, match=r"\.lock was removed"):
+                check()
+
+
+REMOVED = """
+import sys
+from pathlib import Path
+sys.path.insert(0, {root!r})
+import main
+from methods.mecoq import MeCoQ
+original, steps = MeCoQ.loss, []
+def loss(*arguments):
+    steps.append(0)
+    if len(steps) == 3:
+        Path(sys.argv[1]).unlink()
+    return original(*arguments)
+MeCoQ.loss = loss
+sys.exit(main.main(sys.argv[2:]))
+"""
+
+
+def test_a_run_whose_lock_is_removed_writes_no_more(tmp_path):
+    lock = tmp_path / "checkpoints/x/.lock"
+    command = [sys.executable, "-c", REMOVED.format(root=str(ROOT)), lock, *RUN, "--output", tmp_path]
+    result = subprocess.run(list(map(str, command)), capture_output=True, text=True, check=False)
+    assert result.returncode == 1
+    assert re.fullmatch(r"error: epoch 0, step 3: .*\.lock was removed.*\n", result.stderr)
+    state = torch.load(tmp_path / "checkpoints/x/last.cpt", weights_only=True)
+    assert state["steps"] == 2  # saved before the third step
+
+
+def test_memory_that_runs_out_while_saving_is_said_in_one_line(tmp_path, monkeypatch, capsys):
+    """As PyTorch's zip writer puts it if its buffer cannot grow."""
+
+    def full(content, buffer):
+        raise RuntimeError("[enforce fail at inline_container.cc:659] . unexpected pos 64 vs 0\nmore lines")
+
+    monkeypatch.setattr(torch, "save", full)
+
+    def save():
+        with utils.naming_lack_of_memory():
+            write_tensors({"a": torch.ones(3)}, tmp_path / "x.cpt")
+
+    assert run_script(save) == 1
+    error = capsys.readouterr().err
+    assert error.startswith("error: out of memory")
+    assert error.count("\n") == 1
+    assert not list(tmp_path.iterdir())

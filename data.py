@@ -15,9 +15,8 @@ from readers import (
     read_flickr25k,
     read_lines,
     read_nuswide,
-    worker_count,
 )
-from utils import LOG, InputError
+from utils import LOG, InputError, worker_count
 
 NOT_COMPARABLE = "Results are not comparable with published ones."
 NAMED = 20  # bad images in a warning
@@ -236,8 +235,10 @@ def check_images(splits: Splits, num_workers: int) -> tuple[int, dict[str, str]]
     if not splits.database.on_disk:
         return 0, {}
     if not splits.database.root.is_dir():
-        raise InputError(f"{splits.database.root} is missing: datasets/README.md says what goes there and how to get it "
-                         "(--data_root names another place)")  # fmt: skip
+        raise InputError(
+            f"{splits.database.root} is missing: datasets/README.md says how to get the images that go there "
+            "(--data_root names another place)"
+        )
     images = splits.train.joined(splits.query).joined(splits.database)
     images = images.subset(np.unique(images.names, return_index=True)[1])
     return len(images), images.faults(worker_count(num_workers))

@@ -13,8 +13,8 @@ from torchvision import transforms as T
 import transforms
 from data import Splits
 from distributed import by_chunks
-from readers import ImageFiles, Images, worker_count
-from utils import leave_signals, sample_seed
+from readers import ImageFiles, Images
+from utils import leave_signals, sample_seed, worker_count
 
 TEST_BATCH = 128  # images, whatever --batch_size: rounding must not depend on it
 

@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import os
 import pickle
 import re
 import zipfile
@@ -23,11 +22,6 @@ from utils import InputError, RunError, atomic_write, check_writable, one_line, 
 FLICKR25K_CONCEPTS, NUSWIDE_CONCEPTS = 24, 21
 MOST_TEXT = 2**28  # bytes of annotations: several times those of NUS-WIDE, and no memory is filled by an archive
 CHECKED_AT_ONCE = 64  # image files per task of a thread
-
-
-def worker_count(num_workers: int) -> int:
-    """Workers to start: never more than cores, they would only wait for each other."""
-    return min(num_workers, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count())
 
 
 # ---------------------------------------------------------------- images and labels

@@ -1,4 +1,5 @@
-"""Random augmentation, image by image with Pillow or in batches on the device, and what test images go through.
+"""The random augmentation that makes views, image by image with Pillow, or in batches on the run's device; and what
+test images go through.
 
 Both draw from the same distributions, and from the same numbers make the same view but for rounding, and for one
 liberty of the batches: the colours of small photos in memory change before they are enlarged. Colour operations work

@@ -1,1 +1,1 @@
-"""The paper's tables and figures, baselines, sweeps and reports: `python -m experiments.table1`."""
+"""Experiments: the paper's tables and figures, baselines, sweeps and reports. `python -m experiments.table1 --help`"""

@@ -1,12 +1,12 @@
-"""How good is what learns little? The shallow methods of Table 1, on the features of a frozen backbone.
+"""The shallow baselines of Table 1, on the features of a frozen backbone.
 
 faiss has four of them (LSH, ITQ, PQ, OPQ); spectral and spherical hashing are written from their papers. All see the
-same features, centred and of unit length. A method is trained by a function of the training features `[n, F]`, the
+same features, centred and of unit length. A baseline is trained by a function of the training features `[n, F]`, the
 number of bits and a seed, which returns what encodes `[n, F]`; codes are ranked by the similarity that belongs to them.
 ITQ, PQ and OPQ keep faiss's own seeds, so that faiss called by hand finds the same.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 
 import faiss
@@ -18,7 +18,7 @@ from torch import Tensor
 import retrieval
 from utils import InputError
 
-FORMAT = 2  # to be raised with every change of what a method gives
+FORMAT = 3  # to be raised with every change of what a method gives or how it is kept
 Encode = Callable[[np.ndarray], np.ndarray]
 
 
@@ -103,18 +103,23 @@ def _distances(x: np.ndarray, pivots: np.ndarray) -> np.ndarray:
     return np.sqrt(np.maximum(squares, 0))
 
 
+def cosine_score(database: Tensor, queries: Tensor) -> Tensor:
+    """Unit vectors `[n, F]`, `[q, F]` -> `[q, n]`."""
+    return queries @ database.T
+
+
 def hamming_score(db_bits: Tensor, query_bits: Tensor) -> Tensor:
     """Bits `[n, B]`, `[q, B]` as -1 and 1 -> `[q, n]`, the number of equal bits less that of others."""
     return query_bits @ db_bits.T
 
 
 def spherical_score(db_bits: Tensor, query_bits: Tensor) -> Tensor:
-    """Bits as -1 and 1 -> `[q, n]`, the negative spherical Hamming distance |a xor b| / |a and b|; where no bit is
-    common, as if there were a tenth of one."""
+    """Bits as -1 and 1 -> `[q, n]`, the negative spherical Hamming distance |a xor b| / |a and b|; if no bit is common,
+    as if there were a tenth of one."""
     bits = db_bits.shape[1]
     inner = query_bits @ db_bits.T
     ones = query_bits.sum(dim=1)[:, None] + db_bits.sum(dim=1)[None, :]
-    common = (inner + ones + bits) / 4  # (1 + a) (1 + b) / 4 is 1 where both are
+    common = (inner + ones + bits) / 4  # (1 + a) (1 + b) / 4 is 1 if both are
     return -(bits - inner) / 2 / common.clamp(min=0.1)
 
 
@@ -122,7 +127,7 @@ def spherical_score(db_bits: Tensor, query_bits: Tensor) -> Tensor:
 
 
 def product_quantizer(train: np.ndarray, bits: int) -> "faiss.ProductQuantizer":
-    """Product quantization (Jegou et al. 2011), faiss's, with a byte a sub-quantizer. Raises InputError where there are
+    """Product quantization (Jegou et al. 2011), faiss's, with a byte per sub-quantizer. Raises InputError if there are
     fewer images than centroids."""
     if len(train) < 256:
         raise InputError(f"PQ and OPQ need 256 training images, there are {len(train)} (is there a --limit?)")
@@ -133,7 +138,7 @@ def product_quantizer(train: np.ndarray, bits: int) -> "faiss.ProductQuantizer":
 
 def untrained_quantizer(dim: int, bits: int) -> "faiss.ProductQuantizer":
     pq = faiss.ProductQuantizer(dim, bits // 8, 8)
-    pq.cp.min_points_per_centroid = 1  # no warning where there are few
+    pq.cp.min_points_per_centroid = 1  # no warning if there are few
     return pq
 
 
@@ -164,33 +169,29 @@ METHODS = (*HASHES, "PQ", "OPQ")  # as Table 1 calls them, with "+VGG" behind
 
 
 def method_map(
-    method: str, features: dict[str, np.ndarray], labels: dict[str, Tensor], bits: int, seed: int, topK: int | None
-) -> float:
+    method: str, features: dict[str, np.ndarray], labels: Sequence[Tensor], bits: int | None, seed: int,
+    topK: int | None,
+) -> float:  # fmt: skip
     """MAP@K of a method (or of "exact", the cosine of the features themselves: compression's ceiling) trained on
     `features["train"]`, a fraction.
 
     Args:
         features: see `prepared`; train, query and database.
-        labels: of query and database.
+        labels: of queries and database.
     """
-    truth = labels["query"], labels["database"], topK
-    if method in HASHES:
-        train, score = HASHES[method]
-        encode = train(features["train"], bits, seed)
-        query, database = (
-            torch.from_numpy(2 * encode(features[name]).astype(np.float32) - 1) for name in ("query", "database")
-        )
-        return float(retrieval.average_precisions(partial(score, database), query, *truth).mean())
     query, database = features["query"], features["database"]
+    if method in HASHES:
+        train, similarity = HASHES[method]
+        encode = train(features["train"], bits, seed)
+        query, database = (2 * encode(part).astype(np.float32) - 1 for part in (query, database))
+        score = partial(similarity, torch.from_numpy(database))
+        return float(retrieval.average_precisions(score, torch.from_numpy(query), labels, topK).mean())
     if method == "exact":
-        database = torch.from_numpy(database)
-        return float(
-            retrieval.average_precisions(lambda part: part @ database.T, torch.from_numpy(query), *truth).mean()
-        )
+        score = partial(cosine_score, torch.from_numpy(database))
+        return float(retrieval.average_precisions(score, torch.from_numpy(query), labels, topK).mean())
     rotate = rotation(features["train"], bits) if method == "OPQ" else lambda x: x
     pq = product_quantizer(rotate(features["train"]), bits)
     centroids = torch.from_numpy(faiss.vector_to_array(pq.centroids).reshape(pq.M, pq.ksub, pq.dsub))
     codes = torch.from_numpy(pq.compute_codes(rotate(database)))
-    return retrieval.mean_average_precision(
-        partial(distance_tables, centroids), torch.from_numpy(rotate(query)), codes, *truth
-    )
+    tables = partial(distance_tables, centroids)
+    return retrieval.mean_average_precision(tables, torch.from_numpy(rotate(query)), codes, labels, topK)

@@ -1,48 +1,16 @@
-"""What happens inside while a model learns? Looks at it before its steps, without changing anything."""
+"""Callbacks: what happens inside a method while it learns, recorded before its steps without changing anything.
 
-from argparse import Namespace
+The engine calls them in evaluation mode, without gradients; their `rows` are kept with the trial.
+"""
+
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
-import torch
 from torch import Tensor
 
 import loss
-from methods.mecoq import CodebookAttention, MeCoQ
-
-Look = Callable[[MeCoQ, int, int, Tensor], None]  # model, epoch, step of the epoch, the views of that step
-
-
-class Watched:
-    """A loader of views whose batches are looked at, with the model as it stands then, before they are trained on."""
-
-    def __init__(self, loader, model: MeCoQ, look: Look) -> None:  # noqa: ANN001, as `data.train_loader` gives it
-        self.loader, self.model, self.look, self.batch_sampler = loader, model, look, loader.batch_sampler
-
-    def __len__(self) -> int:
-        return len(self.loader)
-
-    def __iter__(self) -> Iterator[Tensor]:
-        for step, views in enumerate(self.loader):
-            training = self.model.training
-            with torch.no_grad():
-                self.look(self.model.eval(), self.batch_sampler.epoch, step, views)
-            self.model.train(training)
-            yield views
-
-
-def hard_reconstruction(quantizer: CodebookAttention, z: Tensor) -> Tensor:
-    """Embeddings `[B, D]` -> their nearest codewords `[B, M, d]`, Eq. 15."""
-    codewords, codes = quantizer.codewords(), quantizer.hard_codes(z).long()
-    return torch.stack([codewords[m][codes[:, m]] for m in range(quantizer.M)], dim=1)
-
-
-def used_codewords(codes: Tensor, K: int) -> tuple[float, float]:
-    """How evenly the codewords of hard codes `[n, M]` are used: the share of them that code any image, and the
-    perplexity of their use, exp(entropy), as a share of K; means over codebooks, both 1 where all are used alike."""
-    shares = torch.stack([torch.bincount(column.long(), minlength=K) for column in codes.T]).double() / len(codes)
-    entropy = -(shares * shares.clamp(min=torch.finfo(shares.dtype).tiny).log()).sum(dim=1)
-    return float((shares > 0).double().mean()), float((entropy.exp() / K).mean())
+from config import Config
+from methods.mecoq import CodebookAttention, MeCoQ, hard_reconstruction, used_codewords
 
 
 def quantized(quantizer: CodebookAttention, z: Tensor) -> dict[str, Tensor]:
@@ -59,11 +27,11 @@ def distance(a: Tensor, b: Tensor) -> float:
     return (a - b).square().sum(dim=2).mean().item()
 
 
-class CodebookWatch:
-    """How the codebooks fare, Figure 2: `rows`, one an epoch.
+class CodebookUse:
+    """Use of the codebooks, Figure 2: `rows`, one per epoch.
 
     `vanilla_loss`: the contrastive loss of Eq. 6 without debiasing, memory and regulariser, so that variants can be
-    compared; the mean over the epoch's steps. Of some images at the epoch's start: `used` and `perplexity`, see
+    compared; the mean over the epoch's steps. Of the images at the epoch's start: `used` and `perplexity`, see
     `used_codewords`, and `soft_error` and `hard_error`, the mean squared distance of unit segments to what the
     quantizer makes of them.
 
@@ -71,45 +39,48 @@ class CodebookWatch:
         images: what leaves the backbone's prefix for these images, `[n, ...]`.
     """
 
-    IMAGES = 5000  # at most, to look at
+    IMAGES = 5000  # at most
 
-    def __init__(self, images: Tensor, args: Namespace) -> None:
-        self.images, self.args, self.rows = images, args, []
+    def __init__(self, images: Tensor, T: float) -> None:
+        self.images, self.T = images, T
+        self.rows: list[dict] = []
+        self.losses: list[float] = []
 
-    def __call__(self, model: MeCoQ, epoch: int, step: int, views: Tensor) -> None:
+    def __call__(self, method: MeCoQ, epoch: int, step: int, views: Tensor) -> None:
         if step == 0:
-            z = model.embed(self.images)
-            made = quantized(model.quantizer, z)
-            used, perplexity = used_codewords(model.quantizer.hard_codes(z), model.quantizer.K)
+            z = method.embed(self.images)
+            made = quantized(method.quantizer, z)
+            used, perplexity = used_codewords(method.codes(z), method.K)
             errors = {f"{kind}_error": distance(made["embedding"], made[kind]) for kind in ("soft", "hard")}
             self.rows.append({"epoch": epoch, "used": used, "perplexity": perplexity} | errors | {"vanilla_loss": 0.0})
-            self.losses: list[float] = []
-        reconstruction = model.quantizer(model(views))[1].flatten(1)
-        self.losses.append(float(loss.contrastive_loss(*reconstruction.chunk(2), T=self.args.T)))
+            self.losses = []
+        reconstruction = method.quantizer(method(views))[1].flatten(1)
+        self.losses.append(float(loss.contrastive_loss(*reconstruction.chunk(2), T=self.T)))
         self.rows[-1]["vanilla_loss"] = sum(self.losses) / len(self.losses)
 
 
-class DriftWatch:
-    """How far representations of the same images move within some steps, Eq. 11 and Figure 3: `rows`, one in `EVERY`
+class FeatureDrift:
+    """Movement of the same images' representations within several steps, Eq. 11 and Figure 3: `rows`, one in `EVERY`
     steps, with a column `<kind>_<interval>` for embeddings, soft and hard reconstructions and each of the `INTERVALS`,
     and the errors of quantization `soft_error` and `hard_error`.
 
     Distances are means over segments. The embedding is normalised segment by segment, as the quantizer does it first.
 
     Args:
-        images: as for `CodebookWatch`.
+        images: as for `CodebookUse`.
     """
 
     IMAGES = 1000
     INTERVALS = (1, 10, 100)  # steps
     EVERY = 10
 
-    def __init__(self, images: Tensor, args: Namespace) -> None:
-        self.images, self.steps, self.rows = images, 0, []
+    def __init__(self, images: Tensor) -> None:
+        self.images, self.steps = images, 0
+        self.rows: list[dict] = []
         self.past: deque[dict[str, Tensor]] = deque(maxlen=max(self.INTERVALS) + 1)
 
-    def __call__(self, model: MeCoQ, epoch: int, step: int, views: Tensor) -> None:
-        now = quantized(model.quantizer, model.embed(self.images))
+    def __call__(self, method: MeCoQ, epoch: int, step: int, views: Tensor) -> None:
+        now = quantized(method.quantizer, method.embed(self.images))
         self.past.append(now)
         self.steps += 1
         if (self.steps - 1) % self.EVERY:
@@ -120,3 +91,11 @@ class DriftWatch:
                 then = self.past[-1 - interval]
                 row |= {f"{kind}_{interval}": distance(now[kind], then[kind]) for kind in now}  # Eq. 11
         self.rows.append(row | {f"{kind}_error": distance(now["embedding"], now[kind]) for kind in ("soft", "hard")})
+
+
+# name, which is part of a trial's key -> what makes it of `images`, n -> the features of n training images at most,
+# and of a trial's configuration
+CALLBACKS: dict[str, Callable[[Callable[[int], Tensor], Config], CodebookUse | FeatureDrift]] = {
+    "CodebookUse": lambda images, config: CodebookUse(images(CodebookUse.IMAGES), config.T),
+    "FeatureDrift": lambda images, _: FeatureDrift(images(FeatureDrift.IMAGES)),
+}

@@ -1,29 +1,35 @@
 #!/usr/bin/env python3
-"""Sets our MAP beside the paper's (Table 1) and beside the authors' public runs on three GPUs.
+"""Our MAP beside the paper's (Table 1) and beside the authors' public runs on three GPUs.
 
 python -m experiments.compare_published [--output DIR ...] [--logs FILE ...] [--tables FILE ...]
 
 Reads checkpoints/*/metrics.json below each --output folder, and log files: the authors' or ours, told by their names
 (CifarII32bits.log). Runs of one experiment and setting, that is of the same flags but for seed and machine, are
-averaged; what is not as in the experiment's script is named in the setting. Prints a table, and writes it as Markdown
-and CSV beside the first folder's checkpoints. MAP in percent; a spread is the lowest and the highest value.
+averaged; flags that are not as in the experiment's script are named in the setting. Prints a table, and writes it as
+Markdown and CSV beside the first folder's checkpoints. MAP in percent; a spread is the lowest and the highest value.
 """
 
+import argparse
 import re
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from experiments import published
-from experiments.published import NAMES, pd, script_flags
-from main import build_parser, resolve
-from results import NEUTRAL, read_metrics
+import config
+from experiments import flags, published
+from experiments.published import NAMES, script_flags
 from utils import InputError, Parser, atomic_write, check_writable, one_line, run_script
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 OTHER_IMAGES = "not the published images"
 
 
 def published_maps() -> "pd.DataFrame":
-    """One row for each of the 24 experiments: `paper`, and `release` with its lowest and highest GPU."""
+    """A row per experiment, of 24: `paper`, and `release` with its lowest and highest GPU."""
+    import pandas as pd
+
     paper = {
         f"{short}{bits}bits": published.map_of("paper_table1_map", published.OURS, long, bits)
         for short, long in NAMES.values()
@@ -36,7 +42,9 @@ def published_maps() -> "pd.DataFrame":
 
 
 def read_run(path: Path) -> dict | None:
-    """Experiment, setting and MAP of a run of ours; None where nothing was published for its like."""
+    """Experiment, setting and MAP of a run of ours; None if nothing was published for its like."""
+    from results import read_metrics
+
     metrics = read_metrics(path)
     try:
         experiment, long = published.experiment(metrics["config"], metrics["bits"])
@@ -49,15 +57,13 @@ def read_run(path: Path) -> dict | None:
 
 def setting(experiment: str, metrics: dict) -> str:
     """The recipe, and every flag that its script and recipe would have set otherwise."""
-    config = metrics["config"]
-    script = vars(resolve(build_parser().parse_args([*script_flags(experiment), "--recipe", config["recipe"]])))
-    others = [
-        f"{flag}={config.get(flag)}"
-        for flag, value in script.items()
-        if flag not in NEUTRAL | {"seed", "data_root"} and config.get(flag) != value
-    ]
+    stored = metrics["config"]
+    script = config.parse([*script_flags(experiment), "--recipe", stored["recipe"]])
+    names = [name for name in config.differing(script, stored, *config.RESULTS, "weights") if name != "seed"]
+    defaults = config.rows(script.method)
+    others = [f"{name}={stored.get(name, defaults[name].absent_from_keys)}" for name in names]
     others += [] if metrics["canonical_data"] else [OTHER_IMAGES]
-    return ", ".join([config["recipe"], *others])
+    return ", ".join([stored["recipe"], *others])
 
 
 def read_log(path: Path) -> dict:
@@ -75,8 +81,9 @@ def read_log(path: Path) -> dict:
 
 
 def read_table(path: Path) -> list[dict]:
-    """The trainings in table1.csv, table2.csv or table3.csv of `scripts/tables`, each with the MAP that the paper has
-    for its method."""
+    """The trainings in table1.csv, table2.csv or table3.csv, each with the MAP that the paper has for its method."""
+    import pandas as pd
+
     try:
         frame = pd.read_csv(path).astype({"map": float, "published": float, "bits": int, "canonical_data": bool})
         frame[["recipe", "flags"]] = frame[["recipe", "flags"]].fillna("")
@@ -96,12 +103,14 @@ def read_table(path: Path) -> list[dict]:
     except OSError as error:
         raise InputError(f"{path} is not readable ({error.strerror})") from error
     except (ValueError, KeyError, AttributeError) as error:
-        raise InputError(f"{path} is no table of scripts/tables ({one_line(error)})") from error
+        raise InputError(f"{path} is not a table1.csv, table2.csv or table3.csv ({one_line(error)})") from error
 
 
 def compare(runs: list[dict]) -> "pd.DataFrame":
     """The published numbers, and beside each what we have. Rows of our tables stand beside what the paper has for their
     method (`theirs`), if anything, and but for the full method beside none of the release."""
+    import pandas as pd
+
     frame = pd.DataFrame(runs, columns=["experiment", "setting", "map", "theirs", "of_table"])
     grouped = frame.groupby(["experiment", "setting"])
     ours = grouped["map"].agg(["count", "mean", "min", "max"]).add_prefix("ours_")
@@ -117,6 +126,9 @@ def compare(runs: list[dict]) -> "pd.DataFrame":
 
 
 def markdown(table: "pd.DataFrame") -> str:
+    """The comparison as a Markdown table."""
+    import pandas as pd
+
     def spread(row: "pd.Series", name: str) -> str:
         low, high = row[f"{name}_min"], row[f"{name}_max"]
         return "" if pd.isna(low) else f"{row[f'{name}_mean']:.2f} ({low:.2f}-{high:.2f})"
@@ -134,21 +146,29 @@ def markdown(table: "pd.DataFrame") -> str:
     return pd.DataFrame(columns).to_markdown(index=False, disable_numparse=True)
 
 
+def build_parser() -> Parser:
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    add = parser.add_argument
+    add("--output", type=Path, nargs="+", default=[Path()], help="of the runs (default: this folder)")
+    add("--logs", type=Path, nargs="+", default=[], help="log files, of the release or ours")
+    add("--tables", type=Path, nargs="+", default=[], help="table1.csv, table2.csv or table3.csv")
+    add("--dry_run", action="store_true", help="check the flags, print what would be read and written")
+    return parser
+
+
 def main(argv: list[str] | None = None) -> None:
-    parser = Parser(description=__doc__.splitlines()[0], allow_abbrev=False)
-    parser.add_argument("--output", type=Path, nargs="+", default=[Path()], help="of the runs (default: this folder)")
-    parser.add_argument("--logs", type=Path, nargs="+", default=[], help="log files, of the release or ours")
-    parser.add_argument(
-        "--tables", type=Path, nargs="+", default=[], help="table1.csv ... table3.csv of scripts/tables"
-    )
-    args = parser.parse_args(argv)
-    published.need_pandas()
-    folder = args.output[0] / "checkpoints"
+    own = build_parser().parse_args(argv)
+    flags.need("tabulate")
+    folder = own.output[0] / "checkpoints"
+    outputs = {output.resolve(): output for output in own.output}.values()  # each once
+    if own.dry_run:
+        sources = [*(output / "checkpoints/*/metrics.json" for output in outputs), *own.logs, *own.tables]
+        print(f"would read {', '.join(map(str, sources))} and write {folder}/compare_published.md and .csv")
+        return
     check_writable(folder)
-    outputs = {output.resolve(): output for output in args.output}.values()  # each once
     paths = [path for output in outputs for path in sorted(output.glob("checkpoints/*/metrics.json"))]
-    runs = [run for run in map(read_run, paths) if run] + [read_log(path) for path in args.logs]
-    runs += [run for path in args.tables for run in read_table(path)]
+    runs = [run for run in map(read_run, paths) if run] + [read_log(path) for path in own.logs]
+    runs += [run for path in own.tables for run in read_table(path)]
     table = compare(runs)
     unpublished = {run["experiment"] for run in runs} - set(table["experiment"])
     if unpublished:

@@ -1,18 +1,22 @@
 #!/usr/bin/env python3
-"""When do the diversity term and the memory matter? The full method, and without either, in one setting after another.
+"""The conditions under which the diversity term and the memory matter: the full method, and without either, in one
+setting after another.
 
 python -m experiments.conditions --datasets CIFAR10-II --bits 32 --seeds 2021 2022 2023 FLAGS
 
-FLAGS are main.py's; a setting's own flags win. Writes conditions.csv, a row each training, and conditions.md: MAP with
+FLAGS are main.py's; a setting's own flags win. Writes conditions.csv, a row per training, and conditions.md: MAP with
 and without the term and the memory, and what became of the codebooks: Omega, its mean in the last epoch, and the share
 of codewords that code any training image before it.
 """
 
 import sys
+from typing import TYPE_CHECKING
 
-from experiments import sweep
-from experiments.callbacks import CodebookWatch
+from experiments import flags, tables
 from utils import run_script
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 # setting -> the flags that differ from the published script's
 SETTINGS: dict[str, dict[str, object]] = {
@@ -51,9 +55,11 @@ VARIANTS = {
 }
 
 
-def summary(frame: "sweep.pd.DataFrame") -> "sweep.pd.DataFrame":
-    """A row each setting: MAP of the four variants; what the memory adds, and the term with memory and without; Omega
+def summary(frame: "pd.DataFrame") -> "pd.DataFrame":
+    """A row per setting: MAP of the four variants; what the memory adds, and the term with memory and without; Omega
     and the codewords in use at the end, with the term and without it."""
+    import pandas as pd
+
     rows = []
     for setting, part in frame.groupby("setting", sort=False):
         seeds = part.pivot_table(index="seed", columns="variant", values="map").reindex(columns=list(VARIANTS))
@@ -67,35 +73,46 @@ def summary(frame: "sweep.pd.DataFrame") -> "sweep.pd.DataFrame":
         rows.append(
             {"setting": setting, "seeds": len(seeds)}
             | {name: seeds[name].mean() for name in VARIANTS}
-            | {name: sweep.spread(gain) for name, gain in gains.items()}
+            | {name: tables.spread(gain) for name, gain in gains.items()}
             | {"Omega, with / w/o": " / ".join(omega), "used, with / w/o": " / ".join(used)}
         )
-    return sweep.pd.DataFrame(rows)
+    return pd.DataFrame(rows)
 
 
-def main(argv: list[str] | None = None) -> None:
-    parser = sweep.build_parser(__doc__, bits=[32])
-    parser.add_argument("--settings", nargs="+", choices=list(SETTINGS), default=list(SETTINGS), metavar="SETTING",
-                        help=f"some of {', '.join(SETTINGS)} (default: all)")  # fmt: skip
-    own, flags = sweep.parse(parser, argv)
-    variants = {
-        (setting, variant): SETTINGS[setting] | change
-        for setting in own.settings
-        for variant, change in VARIANTS.items()
-    }
-    frame = sweep.run_cells(sweep.plan(own, flags, variants), own, CodebookWatch)
+def with_last_values(frame: "pd.DataFrame") -> "pd.DataFrame":
+    """The trials with the values of their last epochs as columns, and setting and variant instead of the method."""
     frame[["setting", "variant"]] = frame["method"].tolist()
     last = [(result["history"] or [{}])[-1] | (result["rows"] or [{}])[-1] for result in frame["result"]]
     frame["omega"] = [values.get("loss/codeword_reg_loss") for values in last]
     for name in ("used", "perplexity", "hard_error"):
         frame[name] = [values.get(name) for values in last]
-    sweep.write_csv(own.results / "conditions.csv", frame.drop(columns=["result", "method"]))
+    return frame.drop(columns=["result", "method"])
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = flags.build_parser(__doc__, bits=(32,))
+    parser.add_argument("--settings", nargs="+", choices=list(SETTINGS), default=list(SETTINGS), metavar="SETTING",
+                        help=f"some of {', '.join(SETTINGS)} (default: all)")  # fmt: skip
+    own, given = flags.parse(parser, argv, "tabulate")
+    variants = {
+        (setting, variant): SETTINGS[setting] | change
+        for setting in own.settings
+        for variant, change in VARIANTS.items()
+    }
+    trials = flags.plan(own, given, variants)
+    if own.dry_run:
+        flags.announce(trials)
+        return
+    from experiments import sweep
+
+    frame = with_last_values(sweep.run_trials(trials, own, "CodebookUse"))
+    tables.write_csv(own.results / "conditions.csv", frame)
     parts = [
         part
         for (dataset, bits), rows in frame.groupby(["dataset", "bits"], sort=False)
-        for part in (f"{sweep.heading(rows, dataset)}; {bits} bits", summary(rows))
+        for part in (f"{tables.heading(rows, dataset)}; {bits} bits", summary(rows))
     ]
-    sweep.write_markdown(own.results / "conditions.md", *parts)
+    tables.write_markdown(own.results / "conditions.md", parts)
 
 
 if __name__ == "__main__":

@@ -1,20 +1,20 @@
 #!/usr/bin/env python3
-"""What do trained backbone layers add? MAP with none, the last one and the last two of the backbone's blocks trained.
+"""The gain of trained backbone layers: MAP with none, the last one and the last two of the backbone's blocks trained.
 
 python -m experiments.layers --datasets CIFAR10-II --bits 32 --seeds 2021 2022 --scalings 0.1 --epoch_num 16 FLAGS
 
-FLAGS are main.py's. Writes layers.csv, a row each training, and layers.md, and skips what is done; a training that was
+FLAGS are main.py's. Writes layers.csv, a row per training, and layers.md, and skips what is done; a training that was
 interrupted goes on at the last epoch that was saved.
 """
 
 import sys
 
-from experiments import sweep
+from experiments import flags, tables
 from utils import InputError, run_script
 
 
 def variants(layers: list[int], scalings: list[float]) -> dict[str, dict]:
-    """What each is called, and its flags; a frozen backbone has no learning rate."""
+    """Name of each variant -> its flags; a frozen backbone has no learning rate."""
     named = {}
     for layer in layers:
         for scaling in scalings if layer else [None]:
@@ -24,19 +24,24 @@ def variants(layers: list[int], scalings: list[float]) -> dict[str, dict]:
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = sweep.build_parser(__doc__, bits=[32])
-    parser.add_argument("--layers", type=int, nargs="+", default=[0, 1, 2], help="(default: %(default)s)")
-    parser.add_argument(
-        "--scalings", type=float, nargs="+", default=[0.1], help="learning rates of these layers (default: %(default)s)"
-    )
-    own, flags = sweep.parse(parser, argv)
+    parser = flags.build_parser(__doc__, bits=(32,))
+    add = parser.add_argument
+    add("--layers", type=int, nargs="+", default=[0, 1, 2], help="(default: %(default)s)")
+    add("--scalings", type=float, nargs="+", default=[0.1], help="learning rates of these layers (default: "
+        "%(default)s)")  # fmt: skip
+    own, given = flags.parse(parser, argv, "tabulate")
     named = variants(own.layers, own.scalings)
     if next(iter(named)) != "frozen":
         raise InputError("--layers must begin with 0, to which the others are compared")
-    frame = sweep.run_cells(sweep.plan(own, flags, named), own)
-    sweep.write_csv(own.results / "layers.csv", frame.drop(columns="result"))
-    parts = [part for dataset in own.datasets for part in (sweep.heading(frame, dataset), sweep.drops(frame, dataset))]
-    sweep.write_markdown(own.results / "layers.md", *parts)
+    trials = flags.plan(own, given, named)
+    if own.dry_run:
+        flags.announce(trials)
+        return
+    from experiments import sweep
+
+    frame = sweep.run_trials(trials, own)
+    tables.write_csv(own.results / "layers.csv", frame)
+    tables.write_markdown(own.results / "layers.md", tables.sections(frame, tables.drops))
 
 
 if __name__ == "__main__":

@@ -1,11 +1,12 @@
-"""What does the authors' release do, as far as speed is concerned? Written from its description, not from its code.
+"""A plain version of what the authors' release does, as far as speed is concerned; written from its description, not
+from its code.
 
 Views by Pillow in workers, each through the network on its own; float32; a loss read, and waited for, at every step,
-under anomaly detection; every image encoded again for every test; one full argsort a query for every metric. The other
-side of benchmark.py, and an oracle for tests. What is computed is the paper's method, as everywhere here.
+under anomaly detection; every image encoded again for every test; one full argsort per query for every metric. The
+other side of the benchmark, and an oracle for tests. What is computed is the paper's method, as everywhere here.
 """
 
-from argparse import Namespace
+from collections.abc import Callable
 from functools import partial
 
 import torch
@@ -13,12 +14,15 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from torchvision import transforms as T
 
-import data
 import loss
 import retrieval
 import transforms
-from methods.mecoq import Backbone, MeCoQ
-from readers import ImageFiles
+from data import Splits
+from loaders import Preprocessing, ViewOptions
+from methods.backbones import Backbone
+from methods.mecoq import MeCoQ
+from readers import ImageFiles, Images
+from utils import worker_count
 
 
 def strip(backbone: Backbone) -> torch.nn.Module:
@@ -27,15 +31,17 @@ def strip(backbone: Backbone) -> torch.nn.Module:
     return net.to(memory_format=torch.contiguous_format)
 
 
-def train_loader(splits: data.Splits, args: Namespace) -> DataLoader:
-    """Both views `[2, N, 3, S, S]` of the training images, made by Pillow in workers."""
-    transform = transforms.view_transform(args.image_size, splits.mirrored)
-    dataset = _Images(splits.train, lambda picture: torch.stack([transform(picture), transform(picture)]))
-    return DataLoader(dataset, args.batch_size, shuffle=True, num_workers=data.worker_count(args.num_workers))
+def train_loader(splits: Splits, options: ViewOptions, num_workers: int) -> DataLoader:
+    """Both views `[N, 2, 3, S, S]` of the training images, made by Pillow in workers."""
+    transform = transforms.view_transform(options.image_size, splits.mirrored)
+    dataset = _Pictures(splits.train, lambda picture: torch.stack([transform(picture), transform(picture)]))
+    return DataLoader(dataset, options.batch_size, shuffle=True, num_workers=worker_count(num_workers))
 
 
-class _Images(Dataset):
-    def __init__(self, images: data.Images | ImageFiles, transform: T.Compose) -> None:
+class _Pictures(Dataset):
+    """index -> the transformed image."""
+
+    def __init__(self, images: Images | ImageFiles, transform: Callable) -> None:
         self.images, self.transform = images, transform
 
     def __len__(self) -> int:
@@ -46,56 +52,49 @@ class _Images(Dataset):
 
 
 def step(
-    model: MeCoQ,
-    net: torch.nn.Module,
-    batch: Tensor,
-    optimizer: torch.optim.Optimizer,
-    use_memory: bool,
-    args: Namespace,
+    method: MeCoQ, net: torch.nn.Module, batch: Tensor, optimizer: torch.optim.Optimizer, use_memory: bool
 ) -> float:
-    """One optimisation step on views `[N, 2, 3, S, S]`. Returns the loss."""
+    """One optimisation step on views `[N, 2, 3, S, S]`, without the entropy term. Returns the loss."""
+    objective = method.objective
     with torch.autograd.set_detect_anomaly(True):
-        view1, view2 = batch.to(args.device).unbind(dim=1)
-        z = torch.cat([model.projection(net(view1)), model.projection(net(view2))])
-        soft_codes, reconstruction = model.quantizer(z)
-        codewords = model.quantizer.codewords()
+        view1, view2 = batch.to(method.projection.weight.device).unbind(dim=1)
+        z = torch.cat([method.project(net(view1)), method.project(net(view2))])
+        soft_codes, reconstruction = method.quantizer(z)
+        codewords = method.quantizer.codewords()
         contrastive = loss.contrastive_loss(
             *reconstruction.flatten(1).chunk(2),
-            model.recall(codewords).flatten(1) if use_memory else None,
-            T=args.T,
-            pos_prior=args.pos_prior,
+            method.recall(codewords).flatten(1) if use_memory else None,
+            T=objective.T,
+            pos_prior=objective.pos_prior,
         )
         diversity = loss.codeword_diversity(codewords)
-        total = contrastive + args.hp_gamma * diversity
+        total = contrastive + objective.diversity_weight * diversity
         optimizer.zero_grad()
         total.backward()
         optimizer.step()
-        if model.memory is not None:
-            model.remember(z, soft_codes)
+        if method.memory is not None:
+            method.remember(z, soft_codes)
     return [term.item() for term in (contrastive, diversity, total)][-1]
 
 
 @torch.no_grad()
-def encode(model: MeCoQ, net: torch.nn.Module, images: data.Images | ImageFiles, args: Namespace) -> Tensor:
+def encode(
+    method: MeCoQ, net: torch.nn.Module, images: Images | ImageFiles, how: Preprocessing, batch_size: int
+) -> Tensor:
     """Embeddings `[n, D]` of test images."""
     net.eval()
-    S = args.image_size
-    square = [
-        T.Resize((S, S)),
-        T.ToTensor(),
-        T.Normalize(transforms.IMAGENET_MEAN, transforms.IMAGENET_STD),
-    ]
-    transform = data.photo_transform(S) if isinstance(images, ImageFiles) else T.Compose(square)
-    workers = data.worker_count(args.num_workers)
-    loader = DataLoader(_Images(images, transform), args.batch_size, num_workers=workers)
-    return torch.cat([model.projection(net(batch.to(args.device))) for batch in loader])
+    S = how.image_size
+    square = [T.Resize((S, S)), T.ToTensor(), T.Normalize(transforms.IMAGENET_MEAN, transforms.IMAGENET_STD)]
+    transform = transforms.photo_transform(S) if images.on_disk else T.Compose(square)
+    loader = DataLoader(_Pictures(images, transform), batch_size, num_workers=worker_count(how.num_workers))
+    return torch.cat([method.project(net(batch.to(how.device))) for batch in loader])
 
 
 # ---------------------------------------------------------------- metrics, one query after the other
 
 
 def ranked_hits(query: Tensor, label: Tensor, codewords: Tensor, db_codes: Tensor, db_labels: Tensor) -> Tensor:
-    """Whether each image of the database, best first, is relevant to one query `[D]`: `[n]` float32, by a full argsort.
+    """Relevance of all database images to one query `[D]`, best first: `[n]` float32, by a full argsort.
     Equal scores come in any order."""
     table = retrieval.lookup_tables(query[None], codewords)[0]  # [M, K]
     scores = sum(table[m][db_codes[:, m].long()] for m in range(len(table)))

@@ -1,15 +1,18 @@
-"""How is it drawn? Panels of curves, each a mean over seeds with a band from the lowest to the highest."""
+"""Drawing: panels of curves, each a mean over seeds with a band from the lowest to the highest."""
 
 import io
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 from matplotlib import use
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from experiments.published import pd
 from utils import atomic_write
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 use("Agg")
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")  # Okabe and Ito: told apart by all
@@ -21,9 +24,12 @@ def panels(rows: int, columns: int, width: float = 4.2, height: float = 3.0) -> 
     return figure, figure.subplots(rows, columns, squeeze=False)
 
 
-def band(axes: Axes, frame: "pd.DataFrame", x: str, y: str, label: str | None, colour: str, **style: object) -> None:
-    """Column `y` over column `x`: the mean of the rows of equal `x` and, where there are several, a band between the
-    lowest and the highest. Nothing where there is no value."""
+def band(
+    axes: Axes, frame: "pd.DataFrame", columns: tuple[str, str], label: str | None, colour: str, **style: object
+) -> None:
+    """A curve: the mean of the second column for each value of the first and, if there are several, a band between the
+    lowest and the highest. Nothing if there is no value."""
+    x, y = columns
     if y not in frame or frame[y].isna().all():
         return
     groups = frame.dropna(subset=[y]).groupby(x)[y]
@@ -43,7 +49,7 @@ def finish(axes: Axes, title: str, x: str, y: str, legend: bool = False) -> None
 
 
 def save(figure: Figure, path: Path) -> None:
-    """As PNG, with one legend for all panels below them."""
+    """Write a PNG with one legend for all panels below them."""
     named = {label: line for axes in figure.axes for line, label in zip(*axes.get_legend_handles_labels(), strict=True)}
     figure.legend(named.values(), named, loc="outside lower center", ncols=4, frameon=False)
     with atomic_write(path) as file:
@@ -51,7 +57,7 @@ def save(figure: Figure, path: Path) -> None:
 
 
 def svg(figure: Figure) -> str:
-    """As an SVG element for HTML."""
+    """An SVG element for HTML."""
     text = io.StringIO()
     figure.savefig(text, format="svg", metadata={"Date": None, "Creator": None})
     return text.getvalue()[text.getvalue().index("<svg") :]

@@ -1,53 +1,54 @@
-"""What does training cost? Seconds an epoch and peak memory, of training on images, in a process of its own."""
+"""The cost of training: seconds per epoch and peak memory, of training on images, in a process of its own."""
 
 import multiprocessing
 import time
-from argparse import Namespace
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from itertools import islice
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-import data
 import engine
-import main as program
+from config import Config
+from distributed import use_device
 
 
-def profile(args: Namespace, steps: int) -> dict[str, float]:
+def profile(configuration: Config, steps: int) -> dict[str, float]:
     """`seconds_per_epoch` and `peak_mib` of some steps with a memory that is full, measured in a new process, which
     holds nothing else."""
     with multiprocessing.get_context("spawn").Pool(1) as pool:
-        result = pool.apply(measured, (args, steps))
+        result = pool.apply(measured, (configuration, steps))
         pool.close()
         pool.join()  # it ends by itself, and cleans up
     return result
 
 
-def measured(args: Namespace, steps: int) -> dict[str, float]:
+def measured(configuration: Config, steps: int) -> dict[str, float]:
     """The same, in this process. Memory is the GPU's, or what a CPU's process holds besides data and network."""
-    program.take_device(args)
-    splits, model = program.build(args)
-    loader = data.train_loader(splits, args)
-    training = engine.start(model, loader, args)
-    if model.memory:
-        model.memory.filled = model.memory.size  # as in the epochs that use it
-    training.epoch = max(args.queue_begin_epoch, 0)
-    before = forget_peak(args.device)
-    engine.train_epoch(training, Some(loader, 2), args)  # warm-up
+    device = configuration.device
+    configuration = configuration.replace(precision=use_device(device, configuration.precision))
+    splits, method = engine.build(configuration)
+    loader = engine.build_loader(configuration, splits)
+    training = engine.start(configuration, method, loader)
+    if method.memory:
+        method.memory.filled = method.memory.size  # as in the epochs that use it
+    training.epoch = max(configuration.queue_begin_epoch, 0)
+    loader.set_epoch(training.epoch)
+    before = forget_peak(device)
+    engine.train_epoch(training, FirstBatches(loader, 2))  # warm-up
     training.step, training.sums = 0, {}
-    some, start = Some(loader, steps), time.perf_counter()
-    engine.train_epoch(training, some, args)
+    batches, start = FirstBatches(loader, steps), time.perf_counter()
+    engine.train_epoch(training, batches)
     seconds = time.perf_counter() - start
-    return {"seconds_per_epoch": seconds / len(some) * len(loader), "peak_mib": peak(args.device) - before}
+    return {"seconds_per_epoch": seconds / len(batches) * len(loader), "peak_mib": peak(device) - before}
 
 
-class Some:
-    """The first batches of a loader."""
+class FirstBatches:
+    """The first batches of a loader, as a shorter epoch."""
 
-    def __init__(self, loader: data.TwoViews, steps: int) -> None:
-        self.loader, self.steps, self.batch_sampler = loader, min(steps, len(loader)), loader.batch_sampler
+    def __init__(self, loader: Collection[Tensor], steps: int) -> None:
+        self.loader, self.steps = loader, min(steps, len(loader))
 
     def __len__(self) -> int:
         return self.steps
@@ -57,8 +58,8 @@ class Some:
 
 
 def forget_peak(device: str) -> float:
-    """Begin to measure the peak anew. Returns what a CPU's process held before, in MiB: data, not training; where the
-    system can not tell (no Linux) all is NaN."""
+    """Begin to measure the peak anew. Returns what a CPU's process held before, in MiB: data, not training; NaN if the
+    system cannot tell (it is not Linux)."""
     if device != "cpu":
         torch.cuda.reset_peak_memory_stats(device)
         return 0.0
@@ -68,6 +69,7 @@ def forget_peak(device: str) -> float:
 
 
 def peak(device: str) -> float:
+    """Most memory held since `forget_peak`, in MiB."""
     if device != "cpu":
         return torch.cuda.max_memory_allocated(device) / 2**20
     status = Path("/proc/self/status")

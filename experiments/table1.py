@@ -1,94 +1,140 @@
 #!/usr/bin/env python3
-"""Table 1: MeCoQ beside the shallow methods, all on the same features, and exact search on them as the ceiling.
+"""Table 1: MeCoQ beside the shallow baselines, all on the same features, and exact search on them as the ceiling.
 
 python -m experiments.table1 --datasets CIFAR10-II --bits 16 32 64 --seeds 2021 2022 2023 FLAGS
 
-FLAGS are main.py's. Shallow methods see the training images' features without augmentation, centred and of unit length,
-of the backbone with nothing trained. Writes table1.csv, a row each number, and table1.md, and skips what is done.
+FLAGS are main.py's. Baselines see the training images' features without augmentation, centred and of unit length, of
+the backbone with nothing trained. Writes table1.csv, a row per number, and table1.md, and skips what is done.
 """
 
 import sys
 from argparse import Namespace
 from functools import lru_cache
-from pathlib import Path
+from typing import TYPE_CHECKING
 
-import numpy as np
-import torch
-
-from experiments import published, sweep
+import config
+from config import Config
+from experiments import flags, published, tables
+from experiments.flags import Trial
+from methods import BACKBONES
 from utils import InputError, progress_bar, run_script
 
-try:
-    from experiments import baselines
-except ImportError:
-    baselines = None
+if TYPE_CHECKING:
+    import numpy as np
+    import pandas as pd
 
+    from experiments.sweep import Shared
+
+BASELINES = ("LSH", "SpeH", "SphH", "ITQ", "PQ", "OPQ")  # as Table 1 calls them, with "+VGG" behind
 EXACT = "exact search on the features"
 
 
-def shallow_cell(method: str, args: Namespace, ground: sweep.Ground, folder: Path) -> dict:
-    """A shallow method's MAP and seconds, kept beside the trainings'. Code length does not matter to exact search."""
-    bits = None if method == "exact" else 8 * args.M
-    if ground.backbone.cut == 0:
-        raise InputError(
-            f"--backbone {args.backbone}: it has no frozen layers, whose features the shallow methods take"
-        )
-    key = {"method": method, "bits": bits, "seed": args.seed, "topK": args.topK, "sha256": ground.fingerprint}
-    key |= {flag: getattr(args, flag) for flag in ("image_size", "precision", "limit")}
-    key["shallow"] = baselines.FORMAT
+def baseline_trials(own: Namespace, given: list[str]) -> list[Trial]:
+    """A trial per baseline, and of exact search; ordered by data set and seed."""
+    return [
+        Trial(flags.labels(name, dataset, bits, seed, given),
+              flags.configured(dataset, bits, seed, given, trainable_layer_num=0))
+        for dataset in own.datasets for seed in own.seeds for bits in own.bits for name in (*BASELINES, EXACT)
+    ]  # fmt: skip
 
-    def compute() -> dict:
-        labels = {name: torch.from_numpy(getattr(ground.splits, name).labels) for name in ("query", "database")}
-        return {"map": baselines.method_map(method, prepared(ground), labels, bits, args.seed, args.topK)}
 
-    return sweep.kept(folder, key, compute)
+def baseline_key(name: str, configuration: Config, fingerprint: str) -> dict[str, object]:
+    """All that a baseline's MAP depends on. Code length does not matter to exact search."""
+    from experiments import baselines
+
+    return {
+        "format": baselines.FORMAT,
+        "baseline": name,
+        "bits": None if name == EXACT else 8 * configuration.M,
+        **config.key(configuration, "images", "features"),
+        "topK": configuration.topK,
+        "sha256": fingerprint,
+    }
 
 
 @lru_cache(maxsize=1)
-def prepared(ground: sweep.Ground) -> dict[str, np.ndarray]:
-    """The features of a ground as the shallow methods see them."""
-    arrays = {name: torch.cat([batch.float() for batch in batches]) for name, batches in ground.features.items()}
+def prepared(shared: "Shared") -> "dict[str, np.ndarray]":
+    """The features of images by split, as the baselines see them."""
+    import torch
+
+    from experiments import baselines
+
+    arrays = {name: torch.cat([batch.float() for batch in batches]) for name, batches in shared.features.items()}
     return baselines.prepared({name: array.flatten(1).cpu().numpy() for name, array in arrays.items()})
 
 
-def table(frame: "sweep.pd.DataFrame", dataset: str) -> "sweep.pd.DataFrame":
-    """A row each method: means over seeds with lowest and highest, and the published number, for each code length."""
+def run_baseline(name: str, configuration: Config, shared: "Shared", own: Namespace) -> dict:
+    """A baseline's MAP and seconds, kept beside the trainings'."""
+    import torch
+
+    from experiments import baselines, sweep
+
+    key = baseline_key(name, configuration, shared.fingerprint)
+
+    def compute() -> dict:
+        labels = [torch.from_numpy(images.labels) for images in (shared.splits.query, shared.splits.database)]
+        method = "exact" if name == EXACT else name
+        seed, topK = configuration.seed, configuration.topK
+        return {"map": baselines.method_map(method, prepared(shared), labels, key["bits"], seed, topK)}
+
+    return sweep.kept(own.trials, key, compute)
+
+
+def run_baselines(trials: list[Trial], own: Namespace) -> "pd.DataFrame":
+    """All baselines: a row each, as `sweep.run_trials` gives them."""
+    import pandas as pd
+
+    from distributed import use_device
+    from experiments import sweep
+
+    shared, rows = sweep.SharedBySeed(own.view_cache), []
+    for trial in progress_bar(trials, "baselines"):
+        configuration = trial.config
+        configuration = configuration.replace(precision=use_device(configuration.device, configuration.precision))
+        its = shared.of(configuration)
+        result = run_baseline(trial.labels["method"], configuration, its, own)
+        rows.append(trial.labels | {"map": 100 * result["map"], "seconds": result["seconds"]})
+        rows[-1] |= {"backbone": configuration.backbone, "canonical_data": its.splits.canonical}
+    return pd.DataFrame(rows)
+
+
+def table(frame: "pd.DataFrame", dataset: str) -> "pd.DataFrame":
+    """A row per method: means over seeds with lowest and highest, and the published number, for each code length."""
+    import pandas as pd
+
     columns = {"method": list(dict.fromkeys(frame["method"]))}
     for bits, part in frame[frame["dataset"] == dataset].groupby("bits"):
         grouped = part.groupby("method")
-        columns[f"{bits} bits"] = [sweep.spread(grouped.get_group(name)["map"]) for name in columns["method"]]
+        columns[f"{bits} bits"] = [tables.spread(grouped.get_group(name)["map"]) for name in columns["method"]]
         columns[f"{bits}: published, VGG16"] = [
             grouped.get_group(name)["published"].iloc[0] for name in columns["method"]
         ]
-    return sweep.pd.DataFrame(columns)
+    return pd.DataFrame(columns)
 
 
 def main(argv: list[str] | None = None) -> None:
-    own, flags = sweep.parse(sweep.build_parser(__doc__), argv)
-    if baselines is None:
-        raise InputError("faiss-cpu is needed: pip install -r requirements-extra.txt")
-    methods = [*baselines.METHODS, "exact"]
-    order = [(dataset, seed, bits) for dataset in own.datasets for seed in own.seeds for bits in own.bits]
-    frozen = [
-        (sweep.label(EXACT if method == "exact" else method, dataset, bits, seed, flags),
-         sweep.options(dataset, bits, seed, flags, trainable_layer_num=0), method)
-        for dataset, seed, bits in order for method in methods
-    ]  # fmt: skip
-    grounds, rows = sweep.Grounds(own.bank), []
-    for labels, args, method in progress_bar(frozen, "shallow methods"):
-        result = shallow_cell(method, args, grounds.of(args), own.cells)
-        rows.append(labels | {"map": 100 * result["map"], "seconds": result["seconds"], "backbone": args.backbone})
-        rows[-1]["canonical_data"] = grounds.last.splits.canonical
-    frame = sweep.run_cells(sweep.plan(own, flags, {published.OURS: {}}), own)
-    frame = sweep.pd.concat([sweep.pd.DataFrame(rows), frame.drop(columns="result")])
-    theirs = {**{method: f"{method}+VGG" for method in baselines.METHODS}, published.OURS: published.OURS}
+    own, given = flags.parse(flags.build_parser(__doc__), argv, "tabulate", "faiss")
+    frozen, trials = baseline_trials(own, given), flags.plan(own, given, {published.OURS: {}})
+    backbone = trials[0].config.backbone
+    if not BACKBONES[backbone].pretrained:
+        raise InputError(f"--backbone {backbone}: it has no frozen layers, whose features the baselines take")
+    if own.dry_run:
+        flags.announce(trials, f"and {len(frozen)} baselines: {', '.join((*BASELINES, EXACT))}")
+        return
+    import pandas as pd
+
+    from experiments import sweep
+
+    sweep.check(own, trials[0].config.device)
+    frame = run_baselines(frozen, own)
+    frame = pd.concat([frame, sweep.run_trials(trials, own).drop(columns="result")])
+    theirs = {**{method: f"{method}+VGG" for method in BASELINES}, published.OURS: published.OURS}
     frame["published"] = [
         published.map_of("paper_table1_map", theirs.get(method, ""), dataset, bits)
         for method, dataset, bits in frame[["method", "dataset", "bits"]].to_numpy()
     ]
-    sweep.write_csv(own.results / "table1.csv", frame)
-    parts = [part for dataset in own.datasets for part in (sweep.heading(frame, dataset), table(frame, dataset))]
-    sweep.write_markdown(own.results / "table1.md", *parts)
+    tables.write_csv(own.results / "table1.csv", frame)
+    tables.write_markdown(own.results / "table1.md", tables.sections(frame, table))
 
 
 if __name__ == "__main__":

@@ -1,14 +1,13 @@
-"""What if nothing in front of the projection learns? Features of views, computed once, shared by runs.
+"""Features of views, computed once and shared by trials.
 
-A run draws its views from its seed alone. Where the backbone is frozen and has no dropout, the features of those
-views are therefore the same whatever the loss, the quantizer or the memory: kept on disk, they make a run of minutes
-out of seconds.
+A run draws its views from its seed alone. If the backbone is frozen and has no dropout, the features of those views are
+therefore the same whatever the loss, the quantizer or the memory: kept on disk, they make a training of minutes one of
+seconds.
 """
 
 import hashlib
 import json
 import shutil
-from argparse import Namespace
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -17,89 +16,147 @@ import torch
 import torchvision
 from torch import Tensor, nn
 
-import data
-from checkpoint import fingerprint
-from feature_cache import device_name
-from methods.mecoq import Backbone
+import config
+from config import Config
+from distributed import processor_name
+from loaders import TwoViews
+from methods.backbones import Backbone
 from results import read_array
-from utils import InputError, atomic_write, check_writable, locked, progress_bar, write_json
+from utils import LOG, InputError, atomic_write, check_writable, locked, progress_bar, sha256, write_json
 
-FORMAT = 1  # to be raised with every change of what the values are
-KEY = (
-    "dataset",
-    "protocol",
-    "seed",
-    "limit",
-    "backbone",
-    "image_size",
-    "precision",
-    "compile",
-    "views",
-)  # what the features depend on
+FORMAT = 2  # to be raised with every change of what the values are or how they are kept
 
 
-def can_bank(backbone: Backbone) -> bool:
+def can_cache(backbone: Backbone) -> bool:
     """Whether the backbone gives the same features whatever is learned behind it: nothing in it learns or drops out."""
     dropout = any(isinstance(module, nn.Dropout) and module.p for module in backbone.modules())
     return backbone.split == len(backbone.blocks) and not dropout
 
 
-def build_bank(root: Path, splits: data.Splits, backbone: Backbone, args: Namespace) -> Path:
-    """Compute what is not there yet: `epoch000.npy` ... `[2, n, F]` float32, both views of the training images in the
-    order in which that epoch takes them. Returns their folder below `root`, which is named by all that they depend on.
+def cache_key(configuration: Config, fingerprint: str) -> dict[str, object]:
+    """All that features of views depend on; the fingerprint is that of images and weights."""
+    return {
+        "format": FORMAT,
+        **config.key(configuration, "images", "features", "views"),
+        "sha256": fingerprint,
+        "processor": processor_name(configuration.device),
+        "versions": [torch.__version__, torchvision.__version__],
+    }
 
-    Raises InputError where the backbone is not frozen, or there is no room.
+
+class ViewCache:
+    """The features of the views of some epochs in a folder: `epoch000.npy` ... `[2, n, F]` float32, both views of the
+    training images in the order in which that epoch takes them, and beside each a JSON file with its SHA-256 and shape.
+
+    Args:
+        root: its folder is below, named by the key.
+        key: see `cache_key`.
     """
-    if not can_bank(backbone):
-        raise InputError(f"--backbone {args.backbone}: a feature bank needs one without trained blocks and dropout")
-    key = {flag: getattr(args, flag) for flag in KEY}
-    key |= {"sha256": fingerprint(splits, backbone), "processor": device_name(args.device)}
-    key |= {"format": FORMAT, "versions": [torch.__version__, torchvision.__version__]}
-    folder = root / hashlib.sha256(json.dumps(key).encode()).hexdigest()[:16]
-    check_writable(folder)
-    with locked(folder / "lock", f"waiting for another process, which computes the features in {folder}", wait=True):
-        write_json(folder / "key.json", key)
-        backbone.eval()
-        loader = data.train_loader(splits, args)
-        missing = [epoch for epoch in range(args.epoch_num) if not _path(folder, epoch).exists()]
-        size, free = len(missing) * 2 * len(splits.train) * backbone.dim * 4, shutil.disk_usage(folder).free
-        if size + 2**20 > free:
+
+    def __init__(self, root: Path, key: dict[str, object]) -> None:
+        self.key = key
+        self.folder = root / hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:16]
+        self.sound: set[int] = set()  # epochs whose files were checked or written here
+
+    def path(self, epoch: int) -> Path:
+        return self.folder / f"epoch{epoch:03d}.npy"
+
+    def fill(self, epochs: int, loader: TwoViews, backbone: Backbone, n: int) -> None:
+        """Check the files of the first epochs, and compute what is missing or damaged.
+
+        Args:
+            loader: of the views of n training images.
+
+        Raises InputError if the backbone is not frozen, or there is no room.
+        """
+        if not can_cache(backbone):
+            raise InputError("a view cache needs a backbone without trained blocks and dropout")
+        if self.sound.issuperset(range(epochs)):
+            return
+        check_writable(self.folder)
+        busy = f"waiting for another process, which computes the features in {self.folder}"
+        with locked(self.folder / "lock", busy, wait=True):
+            write_json(self.folder / "key.json", self.key)
+            shape = [2, n, backbone.dim]
+            missing = [epoch for epoch in range(epochs) if epoch not in self.sound and not self._whole(epoch, shape)]
+            self._check_room(len(missing), 4 * int(np.prod(shape)))
+            backbone.eval()
+            for epoch in missing:
+                loader.set_epoch(epoch)
+                bar = progress_bar(loader, f"features of epoch {epoch}'s views")
+                pairs = [torch.stack(backbone(views).chunk(2)).cpu() for views in bar]
+                self._write(epoch, torch.cat(pairs, dim=1).numpy())
+            self.sound.update(range(epochs))
+
+    def _whole(self, epoch: int, shape: list[int]) -> bool:
+        """Whether the file of an epoch is the one that was written."""
+        path = self.path(epoch)
+        try:
+            written = json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))
+            if written == {"sha256": sha256(path), "shape": shape}:
+                return True
+            reason = "its content changed"
+        except FileNotFoundError:
+            return False  # never finished
+        except (OSError, ValueError, RecursionError) as error:
+            reason = error
+        LOG.warning("WARNING: %s is damaged (%s): its features are computed again", path, reason)
+        return False
+
+    def _write(self, epoch: int, features: np.ndarray) -> None:
+        """Write the features of an epoch, first the array, then the checksum that makes it count."""
+        path = self.path(epoch)
+        path.with_suffix(".json").unlink(missing_ok=True)
+        with atomic_write(path) as file:
+            hashed = _Hashed(file)
+            np.lib.format.write_array(hashed, features, allow_pickle=False)
+        write_json(path.with_suffix(".json"), {"sha256": hashed.digest.hexdigest(), "shape": list(features.shape)})
+
+    def _check_room(self, epochs: int, size: int) -> None:
+        """Raise InputError if there is no room for `size` bytes per epoch."""
+        free = shutil.disk_usage(self.folder).free
+        if epochs * size + 2**20 > free:
             raise InputError(
-                f"the features of {len(missing)} epochs' views need {size / 1e9:.2f} GB, {folder} has "
-                f"{free / 1e9:.2f}: name another folder with --bank"
+                f"the features of {epochs} epochs' views need {epochs * size / 1e9:.2f} GB, {self.folder} has "
+                f"{free / 1e9:.2f}: name another folder with --view_cache"
             )
-        for epoch in missing:
-            loader.batch_sampler.epoch = epoch
-            bar = progress_bar(loader, f"features of epoch {epoch}'s views")
-            pairs = [torch.stack(backbone(views).chunk(2)).cpu() for views in bar]
-            with atomic_write(_path(folder, epoch)) as file:
-                np.save(file, torch.cat(pairs, dim=1).numpy(), allow_pickle=False)
-    return folder
 
 
-def _path(folder: Path, epoch: int) -> Path:
-    return folder / f"epoch{epoch:03d}.npy"
+class _Hashed:
+    """A file that hashes what is written to it."""
+
+    def __init__(self, file) -> None:  # noqa: ANN001, any binary file
+        self.file, self.digest = file, hashlib.sha256()
+
+    def write(self, content: bytes) -> int:
+        self.digest.update(content)
+        return self.file.write(content)
 
 
-class BankedViews:
-    """Features of views batch by batch as `data.train_loader` gives the views; `batch_sampler.epoch` says whose."""
+class CachedViews:
+    """Features of views `[2N, F]` batch by batch, as `loaders.TwoViews` gives the views themselves."""
 
-    def __init__(self, folder: Path, n: int, args: Namespace) -> None:
-        self.folder, self.n, self.batch_size, self.device = folder, n, args.batch_size, args.device
-        self.batch_sampler = Namespace(epoch=0, first=0)  # as data.ShuffledBatches
+    def __init__(self, cache: ViewCache, n: int, batch_size: int, device: str) -> None:
+        self.cache, self.n, self.batch_size, self.device = cache, n, batch_size, device
+        self.set_epoch(0)
+
+    def set_epoch(self, epoch: int, first_step: int = 0) -> None:
+        self.epoch, self.first_step = epoch, first_step
 
     def __len__(self) -> int:
+        """Steps of a whole epoch."""
         return -(-self.n // self.batch_size)
 
     def __iter__(self) -> Iterator[Tensor]:
-        views = read_array(_path(self.folder, self.batch_sampler.epoch), mmap_mode="r")  # [2, n, F]
-        for start in range(self.batch_sampler.first * self.batch_size, self.n, self.batch_size):
-            batch = np.array(views[:, start : start + self.batch_size])
+        """The rest of the epoch."""
+        features = read_array(self.cache.path(self.epoch), mmap_mode="r")  # [2, n, F]
+        for start in range(self.first_step * self.batch_size, self.n, self.batch_size):
+            batch = np.array(features[:, start : start + self.batch_size])
             yield torch.from_numpy(batch).to(self.device).flatten(0, 1)
 
 
 class KnownFeatures(nn.Module):
-    """Stands where a backbone was: features come in, features go out."""
+    """A stand-in for a backbone: features come in, features go out."""
 
     def __init__(self, dim: int) -> None:
         super().__init__()

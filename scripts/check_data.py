@@ -69,9 +69,8 @@ def describe_lists(dataset: str, splits: data.Splits, list_root: Path) -> None:
         print(f"  {name}: {'' if list_digest(list_root / name) == digest else 'not '}the authors' list")
     if dataset == "NUSWIDE":
         for name, images in (("train", splits.train), ("database", splits.database)):
-            verdict = (
-                "as many as the authors'" if len(images) == NUSWIDE_OTHERS else f"the authors have {NUSWIDE_OTHERS}"
-            )
+            as_many = len(images) == NUSWIDE_OTHERS
+            verdict = "as many as the authors have" if as_many else f"the authors have {NUSWIDE_OTHERS}"
             print(f"  {folder}/{name}.txt: {len(images)} images, {verdict}")
 
 

@@ -1,25 +1,27 @@
 #!/usr/bin/env python3
-"""What is in a checkpoint? Says of model.cpt or last.cpt (or of the folder they are in) what it holds, which run it is
-from, how far that came, and whether it is whole.
+"""The content of a checkpoint: what model.cpt or last.cpt (or the folder they are in) holds, which run it is from, how
+far that came, and whether it is whole.
 
 python scripts/inspect_checkpoint.py checkpoints/CifarII32bits
 """
 
+import argparse
 import math
 import sys
 from pathlib import Path
-
-from torch import Tensor
+from typing import TYPE_CHECKING
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from checkpoint import load_state
-from methods.mecoq import read_state_dict
-from results import read_metrics
-from utils import InputError, Parser, run_script, sha256
+from utils import InputError, Parser, check_regular, run_script, sha256
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
-def tensors_of(state: dict, prefix: str = "") -> dict[str, Tensor]:
+def tensors_of(state: dict | list, prefix: str = "") -> "dict[str, Tensor]":
     """All tensors in nested dictionaries and lists, by their path."""
+    from torch import Tensor
+
     found = {}
     for name, value in state.items() if isinstance(state, dict) else enumerate(state):
         if isinstance(value, Tensor):
@@ -30,7 +32,11 @@ def tensors_of(state: dict, prefix: str = "") -> dict[str, Tensor]:
 
 
 def describe(path: Path) -> list[str]:
-    """Lines about a checkpoint. Raises InputError where it is none, or damaged."""
+    """Lines about a checkpoint. Raises InputError if it is none, or damaged."""
+    from checkpoint import load_state
+    from methods.backbones import read_state_dict
+
+    check_regular(path)
     state = load_state(path) if path.name == "last.cpt" else read_state_dict(path, "checkpoint")
     model = state["model"] if path.name == "last.cpt" else state
     tensors = tensors_of(state)
@@ -42,7 +48,7 @@ def describe(path: Path) -> list[str]:
     codebooks = model.get("quantizer.codebooks", model.get("pq_layer._C"))
     if codebooks is not None and codebooks.dim() == 3:
         M, K, d = codebooks.shape
-        lines.append(f"  {M} codebooks of {K} codewords of {d} dimensions: {round(M * math.log2(K))} bits an image")
+        lines.append(f"  {M} codebooks of {K} codewords of {d} dimensions: {round(M * math.log2(K))} bits per image")
     if path.name == "last.cpt":
         lines += describe_state(state)
     lines += describe_run(path)
@@ -50,6 +56,7 @@ def describe(path: Path) -> list[str]:
 
 
 def describe_state(state: dict) -> list[str]:
+    """Lines about the run that a `last.cpt` is of, and how far it came."""
     config = state["config"]
     best = f"best val mAP {state['best']:.6f}" if state["best"] >= 0 else "not validated yet"
     return [
@@ -61,7 +68,9 @@ def describe_state(state: dict) -> list[str]:
 
 
 def describe_run(path: Path) -> list[str]:
-    """What `metrics.json` beside the checkpoint says."""
+    """Lines about the `metrics.json` beside the checkpoint."""
+    from results import read_metrics
+
     if not (path.parent / "metrics.json").exists():
         return ["  there is no metrics.json beside it: its run has not finished"]
     metrics = read_metrics(path.parent / "metrics.json")
@@ -75,10 +84,16 @@ def describe_run(path: Path) -> list[str]:
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = Parser(description=__doc__.splitlines()[0], allow_abbrev=False)
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     parser.add_argument("path", type=Path, help="model.cpt, last.cpt, or the folder of a run")
-    path = parser.parse_args(argv).path
-    paths = [path / name for name in ("model.cpt", "last.cpt") if (path / name).exists()] if path.is_dir() else [path]
+    parser.add_argument("--dry_run", action="store_true", help="print what would be read, read nothing")
+    own = parser.parse_args(argv)
+    path, names = own.path, ("model.cpt", "last.cpt")
+    if own.dry_run:
+        print(f"would read {path}" if path.name in names else f"would read {path}, or of that folder {names[0]} and "
+              f"{names[1]}")  # fmt: skip
+        return
+    paths = [path / name for name in names if (path / name).exists()] if path.is_dir() else [path]
     if not paths:
         raise InputError(f"{path}: there is neither a model.cpt nor a last.cpt in it")
     faults = []

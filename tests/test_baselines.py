@@ -1,4 +1,4 @@
-"""Shallow methods against faiss's own search, brute force, and the definitions in their papers."""
+"""Baselines against faiss's own search, brute force, and the definitions in their papers."""
 
 import faiss
 import numpy as np
@@ -8,7 +8,7 @@ from sklearn.decomposition import PCA
 from sklearn.metrics import average_precision_score
 from sklearn.metrics.pairwise import cosine_similarity
 
-from experiments import baselines
+from experiments import baselines, table1
 from utils import InputError
 
 F, BITS = 32, (16, 32)
@@ -43,7 +43,7 @@ def map_of_ranking(ranking, labels):
 
 def ours(method, made, bits, topK=500):
     features, labels = made
-    return baselines.method_map(method, features, labels, bits, 3, topK)
+    return baselines.method_map(method, features, [labels["query"], labels["database"]], bits, 3, topK)
 
 
 def test_features_are_centred_and_of_unit_length(made):
@@ -94,6 +94,10 @@ def test_exact_search_is_cosine_similarity(made):
     hits = labels["query"].numpy()[:, None] == labels["database"].numpy()
     expected = np.mean([average_precision_score(hit, score) for hit, score in zip(hits, scores, strict=True)])
     assert ours("exact", made, 0, topK=None) == pytest.approx(expected, abs=1e-5)
+
+
+def test_table_1_has_them_all():
+    assert table1.BASELINES == baselines.METHODS
 
 
 def test_codes_find_more_than_chance_and_less_than_exact_search(made):

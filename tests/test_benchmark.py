@@ -7,16 +7,14 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import ROOT, written_below
-from test_engine import SMALL, args_of, model_of
-from test_scripts import call, load, refused
+from helpers import SMALL, call, config_of, method_of, refused, splits_of, written_below
 
-import data
 import engine
 import retrieval
+from experiments import naive
 from feature_cache import Computed
+from optimizer import build_optimizer
 
-plain = load("naive")
 FP32 = ["--precision", "fp32"]
 FROZEN = ["--backbone", "squeezenet1_0", "--weights", "random", "--image_size", "32"]
 
@@ -33,26 +31,26 @@ def test_plain_metrics_are_ours(multi_label, topK):
     else:
         labels = [torch.randint(4, (n,)) for n in (9, 120)]
     tables = partial(retrieval.lookup_tables, codewords=codewords)
-    ours = retrieval.evaluate(tables, queries, codes, *labels, topK)
+    ours = retrieval.evaluate(tables, queries, codes, labels, topK)
     database = {"codewords": codewords, "db_codes": codes, "db_labels": labels[1]}
-    value, pr, p_at_k = plain.evaluate(queries, labels[0], topK, **database)
+    value, pr, p_at_k = naive.evaluate(queries, labels[0], topK, **database)
     assert value == pytest.approx(ours.map, abs=1e-6)
     np.testing.assert_allclose(pr, ours.pr, atol=1e-6)
     np.testing.assert_allclose(p_at_k, ours.p_at_k[1], atol=1e-6)
 
 
 def test_a_plain_step_has_our_loss_and_moves_the_weights_as_ours():
-    args = args_of(*FP32, *FROZEN)  # no batch statistics, which views would have each for themselves
+    config = config_of(*FP32, *FROZEN)  # no batch statistics, which views would have each for themselves
     views = torch.rand(12, 3, 32, 32)
-    ours, theirs = model_of(args), model_of(args)
-    for model in (ours, theirs):
-        model.memory.enqueue(torch.rand(20, 2, 8, generator=torch.Generator().manual_seed(0)).softmax(-1))
-    terms = engine.objective(ours, views, True, args)[0]
-    optimizers = [engine.build_optimizer(model, args) for model in (ours, theirs)]
+    ours, theirs = method_of(config), method_of(config)
+    for method in (ours, theirs):
+        method.memory.enqueue(torch.rand(20, 2, 8, generator=torch.Generator().manual_seed(0)).softmax(-1))
+    terms = ours.loss(views, epoch=1)
+    optimizers = [build_optimizer(method, config) for method in (ours, theirs)]
     terms["loss/total_loss"].backward()
     optimizers[0].step()
     pairs = torch.stack(views.chunk(2), dim=1)
-    value = plain.step(theirs, plain.strip(theirs.backbone), pairs, optimizers[1], True, args)
+    value = naive.step(theirs, naive.strip(theirs.backbone), pairs, optimizers[1], True)
     assert value == pytest.approx(float(terms["loss/total_loss"].detach()), abs=1e-5)
     for a, b in zip(ours.parameters(), theirs.parameters(), strict=True):
         torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-4)
@@ -60,10 +58,10 @@ def test_a_plain_step_has_our_loss_and_moves_the_weights_as_ours():
 
 
 def test_plain_embeddings_are_ours():
-    args = args_of(*FP32, "--backbone", "squeezenet1_0", "--weights", "random", "--image_size", "48")
-    model, images = model_of(args), data.load_splits("Digits", "I", 1, ROOT, limit=20).query
-    ours = engine.encode(model, Computed(model.backbone, images, args), hard=False)
-    theirs = plain.encode(model, plain.strip(model.backbone), images, args)
+    config = config_of(*FP32, "--backbone", "squeezenet1_0", "--weights", "random", "--image_size", "48")
+    method, images, how = method_of(config), splits_of("Digits", seed=1, limit=20).query, engine.preprocessing(config)
+    ours = engine.encode_queries(method, Computed(method.backbone, images, how))
+    theirs = naive.encode(method, naive.strip(method.backbone), images, how, config.batch_size)
     assert (theirs - ours).std() < 0.02 * (ours - ours.mean(dim=0)).std()  # half precision; a level here and there
 
 
@@ -74,6 +72,7 @@ FEW = ["--queries", "30", "--database", "500", "--plain_queries", "5"]
 @pytest.mark.parametrize(
     ("what", "flags", "rows"),
     [
+        ("decode", ["--photos", "3"], ["1/1 of its size, OpenCV", "1/2 of its size", "1/4 of its size"]),
         ("views", [], ["views at 16 px"]),
         ("encode", FROZEN, ["computed", "cached"]),
         ("step", [], ["10 steps"]),
@@ -106,6 +105,7 @@ def test_benchmarks_run(what, flags, rows, tmp_path, capsys, monkeypatch):
     [
         (["bogus"], "invalid choice"),
         (["views", "--repeats", "0"], "--repeats 0"),
+        (["decode", "--photos", "0"], "--photos 0"),
         (["evaluate", "--plain_queries", "-1"], "--plain_queries -1"),
         (["evaluate", "--queries", "1000000000000"], "--queries 1000000000000"),
         (["evaluate", "--labels", "-1"], "--labels -1"),
@@ -116,7 +116,7 @@ def test_benchmarks_run(what, flags, rows, tmp_path, capsys, monkeypatch):
         (["step", "--data_root", "nowhere", "--dataset", "CIFAR10"], "nowhere"),
     ],
 )
-def test_benchmarks_refuse_what_they_can_not_time(arguments, words, capsys, tmp_path):
+def test_benchmarks_refuse_what_they_cannot_time(arguments, words, capsys, tmp_path):
     results = [] if "--results" in arguments else ["--results", tmp_path]
     what, *flags = arguments
     assert words in refused(capsys, "benchmark", what, *SMALL, *results, *flags)

@@ -3,17 +3,24 @@ import json
 import pickle
 import re
 import shutil
-from argparse import Namespace
+from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
-from conftest import GOLDEN
-from PIL import Image
+from helpers import GOLDEN
 
 import data
-import transforms
+import readers
 from utils import InputError
+
+
+def cifar10(root, protocol="II", seed=2021):
+    return data.Source("CIFAR10", protocol, seed, root, root)
+
+
+def photos(root, dataset, seed=2021):
+    return data.Source(dataset, "I", seed, root / "datasets", root / "data")
 
 
 def golden_splits():
@@ -44,7 +51,7 @@ def test_golden_splits(seed, protocol, part, expected):
 
 @pytest.mark.parametrize("protocol", ["I", "II"])
 def test_cifar10_protocols(protocol, cifar10_root):
-    splits = data.load_cifar10(cifar10_root, protocol, 2021, download=False)
+    splits = data.load_cifar10(cifar10(cifar10_root, protocol))
     per_class = {"query": 1000, "train": 5000 if protocol == "I" else 500, "database": 5000}
     for part, count in per_class.items():
         images = getattr(splits, part)
@@ -59,7 +66,7 @@ def test_cifar10_pixels_are_planes_of_rows(pickle_protocol, tmp_path):
     rows = np.random.default_rng(0).integers(0, 256, (10000, 3072), dtype=np.uint8)
     batch = {"batch_label": "testing batch 1 of 1", "labels": [3] * 10000, "data": rows}
     (tmp_path / "test_batch").write_bytes(pickle.dumps(batch, protocol=pickle_protocol))
-    images = data.read_cifar10_batch(tmp_path / "test_batch")
+    images = readers.read_cifar10_batch(tmp_path / "test_batch")
     assert images.pixels[17, 4, 9].tolist() == [rows[17, plane * 1024 + 4 * 32 + 9] for plane in range(3)]
 
 
@@ -73,14 +80,14 @@ def test_cifar10_batch_pickled_by_python_2(tmp_path):
         b"T" + rows.nbytes.to_bytes(4, "little") + rows.tobytes(), b"tbs.",
     ]  # fmt: skip
     (tmp_path / "test_batch").write_bytes(b"".join(parts))
-    images = data.read_cifar10_batch(tmp_path / "test_batch")
+    images = readers.read_cifar10_batch(tmp_path / "test_batch")
     assert (images.labels == 7).all()
     assert images.pixels[1, 0, :3, 0].tolist() == rows[1, :3].tolist()
 
 
 def test_changed_files_load_with_a_warning(cifar10_root, caplog, monkeypatch):
     monkeypatch.setattr(data.LOG, "propagate", True)
-    data.load_cifar10(cifar10_root, "II", 2021, download=False)
+    data.load_cifar10(cifar10(cifar10_root))
     assert "not comparable" in caplog.text
     assert "data_batch_1" in caplog.text
 
@@ -146,7 +153,7 @@ def test_damaged_batches_are_named(kind, words, cifar10_root, tmp_path, capsys):
     shutil.copy(original / "data_batch_3", folder)
     damage(folder, kind)
     with pytest.raises(InputError, match=words) as caught:
-        data.load_cifar10(tmp_path, "II", 2021, download=False)
+        data.load_cifar10(cifar10(tmp_path))
     assert "\n" not in str(caught.value)
     assert "hacked" not in capsys.readouterr().out
 
@@ -161,10 +168,9 @@ def test_flickr25k_splits_share_no_query_with_the_database(n):
 
 def test_photo_lists_that_are_not_the_published_ones_warn(photo_root, caplog, monkeypatch):
     monkeypatch.setattr(data.LOG, "propagate", True)
-    roots = photo_root / "datasets", photo_root / "data"
-    assert not data.load_flickr25k(*roots, 2021).canonical
+    assert not data.load_flickr25k(photos(photo_root, "Flickr25K")).canonical
     assert "125 images, Flickr25K 25000" in caplog.text
-    assert not data.load_nuswide(*roots).canonical
+    assert not data.load_nuswide(photos(photo_root, "NUSWIDE")).canonical
     assert "20 queries and 70 others" in caplog.text
 
 
@@ -174,7 +180,7 @@ def test_queries_in_the_database_are_pointed_out(photo_root, tmp_path, caplog, m
     test = (tmp_path / "Nuswide" / "test.txt").read_text()
     with (tmp_path / "Nuswide" / "database.txt").open("a") as file:
         file.write(test.splitlines()[4])
-    data.load_nuswide(photo_root / "datasets", tmp_path)
+    data.load_nuswide(replace(photos(photo_root, "NUSWIDE"), list_root=tmp_path))
     assert "1 queries are in the database too, sky/0004.jpg the first" in caplog.text
 
 
@@ -184,12 +190,12 @@ def test_splits_that_come_out_empty_are_refused(photo_root, tmp_path):
         (tmp_path / "Flickr25k").mkdir(exist_ok=True)
         (tmp_path / "Flickr25k" / name).write_text("\n".join(lines))
     with pytest.raises(InputError, match="none is left for the query split"):
-        data.load_splits("Flickr25K", "I", 1, photo_root / "datasets", tmp_path)
+        data.load_splits(replace(photos(photo_root, "Flickr25K"), list_root=tmp_path))
 
 
 def test_missing_data_set_says_where_and_how(tmp_path):
     with pytest.raises(InputError, match=rf"{tmp_path}/CIFAR-10/cifar-10-batches-py.*--download_cifar10"):
-        data.load_cifar10(tmp_path, "I", 2021, download=False)
+        data.load_cifar10(cifar10(tmp_path))
 
 
 def test_download_without_network(tmp_path, monkeypatch):
@@ -198,11 +204,11 @@ def test_download_without_network(tmp_path, monkeypatch):
 
     monkeypatch.setattr("urllib.request.urlopen", refuse)
     with pytest.raises(InputError, match=r"--download_cifar10 failed .*no route to host"):
-        data.load_cifar10(tmp_path, "I", 2021, download=True)
+        data.load_cifar10(replace(cifar10(tmp_path), download=True))
 
 
 def test_digits():
-    splits = data.load_digits(2021)
+    splits = data.load_digits(data.Source("Digits", "I", 2021, Path(), Path()))
     assert len(splits.query) + len(splits.database) == 1797
     assert np.bincount(splits.query.labels).tolist() == [30] * 10
     assert splits.train is splits.database
@@ -211,93 +217,80 @@ def test_digits():
     assert together.max() == 255
     rows = {row.tobytes() for row in together}
     assert len(rows) == len(np.unique(together.reshape(1797, -1), axis=0))
-    other = data.load_digits(7)
+    other = data.load_digits(data.Source("Digits", "I", 7, Path(), Path()))
     assert not np.array_equal(other.query.pixels, splits.query.pixels)
 
 
 def test_limit_keeps_all_classes(cifar10_root, caplog, monkeypatch):
     monkeypatch.setattr(data.LOG, "propagate", True)
-    splits = data.load_splits("CIFAR10", "II", 2021, cifar10_root, limit=50)
+    splits = data.load_splits(cifar10(cifar10_root), limit=50)
     for images in (splits.train, splits.query, splits.database):
         assert np.bincount(images.labels).tolist() == [5] * 10
     assert "WARNING: --limit 50" in caplog.text
 
 
-# ---------------------------------------------------------------- views and loaders
-
-
-def pictures(n=23):
-    pixels = np.random.default_rng(0).integers(0, 256, (n, 16, 16, 3), dtype=np.uint8)
-    splits = data.Images(pixels, np.arange(n))
-    return data.Splits(splits, splits, splits)
-
-
-def options(**changes):
-    return Namespace(**{"image_size": 32, "batch_size": 5, "num_workers": 0, "seed": 1, "device": "cpu"} | changes)
-
-
-def one_epoch(epoch, workers=0, seed=1, batch_size=5, kind="batched"):
-    loader = data.train_loader(pictures(), options(batch_size=batch_size, num_workers=workers, seed=seed, views=kind))
-    loader.batch_sampler.epoch = epoch
-    return list(loader)
-
-
-def test_batches_hold_every_image_once_and_the_last_is_smaller():
-    sampler = data.ShuffledBatches(23, 5, seed=1)
-    batches = list(sampler)
-    assert [len(batch) for batch in batches] == [5, 5, 5, 5, 3]
-    assert len(sampler) == 5
-    assert sorted(index for batch in batches for index, _ in batch) == list(range(23))
-    sampler.epoch = 1
-    assert [i for b in sampler for i, _ in b] != [i for b in batches for i, _ in b]
-
-
-@pytest.mark.parametrize("kind", ["batched", "pil"])
-def test_views_depend_on_seed_and_epoch_but_not_on_workers(kind):
-    before = torch.random.get_rng_state()
-    first = one_epoch(0, kind=kind)
-    assert torch.equal(before, torch.random.get_rng_state())
-    for a, b in zip(first, one_epoch(0, workers=2, kind=kind), strict=True):
-        assert torch.equal(a, b)
-    assert not torch.equal(first[0], one_epoch(1, kind=kind)[0])
-    assert not torch.equal(first[0], one_epoch(0, seed=2, kind=kind)[0])
-    assert not torch.equal(*first[0].chunk(2))
-    assert [batch.shape for batch in first] == [(10, 3, 32, 32)] * 4 + [(6, 3, 32, 32)]
-
-
-def share(transform, picture, test, n=400):
-    return sum(bool(test(transform(picture))) for _ in range(n)) / n
-
-
-def test_views_are_drawn_as_described():
-    """Shares of grey and of mirrored views, on pictures where each shows."""
-    red = Image.new("RGB", (32, 32), (200, 40, 40))
-    view = transforms.view_transform(32, mirrored=True)
-    std, mean = (torch.tensor(values)[:, None, None] for values in (transforms.IMAGENET_STD, transforms.IMAGENET_MEAN))
-    undo = lambda x: x * std + mean  # noqa: E731
-    grey = share(view, red, lambda x: (undo(x).amax(0) - undo(x).amin(0)).max() < 0.02)
-    assert grey == pytest.approx(0.2, abs=0.07)
-    colour = torch.tensor([200, 40, 40])[:, None, None] / 255
-    untouched = share(view, red, lambda x: (undo(x) - colour).abs().max() < 0.01)
-    assert untouched == pytest.approx(0.3 * 0.8, abs=0.07)
-    ramp = Image.fromarray(np.repeat(np.arange(0, 256, 8, dtype=np.uint8)[None, :, None], 32, 0).repeat(3, 2))
-    rising = lambda x: x[:, :, -1].mean() > x[:, :, 0].mean()  # noqa: E731
-    assert share(view, ramp, rising) == pytest.approx(0.5, abs=0.08)
-    assert share(transforms.view_transform(32, mirrored=False), ramp, rising) == 1.0
-
-
-def test_photos_are_resized_by_their_shorter_side_and_cut():
-    """A picture twice as wide as high: its outer quarters are cut off, and an eighth of what is left on each side."""
-    picture = Image.new("RGB", (512, 256), (0, 0, 255))
-    picture.paste((255, 0, 0), (144, 16, 368, 240))  # the 224 x 224 in the middle
-    x = data.photo_transform(224)(picture)
-    assert x.shape == (3, 224, 224)
-    np.testing.assert_allclose(x[0], (1 - 0.485) / 0.229, rtol=1e-5)
-    assert data.photo_transform(64)(picture).shape == (3, 64, 64)
-
-
 def test_real_images_load_with_their_labels(real_cifar10_root):
-    splits = data.load_cifar10(real_cifar10_root, "II", 2021, download=False)
+    splits = data.load_cifar10(cifar10(real_cifar10_root))
     assert [len(part) for part in (splits.train, splits.query, splits.database)] == [5000, 10000, 50000]
     means = np.stack([splits.database.pixels[splits.database.labels == c].mean(axis=(0, 1, 2)) for c in range(10)])
     assert means[[0, 8], 2].min() > means[[2, 4, 6], 2].max()  # aeroplanes and ships are bluer than birds, deer, frogs
+
+
+# ---------------------------------------------------------------- the registry
+
+
+@pytest.mark.parametrize("dataset", ["Flickr25K", "Digits"])
+def test_splits_come_from_the_seed(dataset, photo_root):
+    def identities(seed):
+        splits = data.load_splits(photos(photo_root, dataset, seed))
+        return [part.identities().tolist() for part in (splits.train, splits.query, splits.database)]
+
+    first, again, other = identities(1), identities(1), identities(2)
+    assert first == again
+    for part, of_another_seed in zip(first, other, strict=True):
+        assert len(part) == len(of_another_seed)
+        assert set(part) != set(of_another_seed)
+
+
+def test_cifar10_is_split_by_seed_and_protocol(cifar10_root, monkeypatch):
+    """Its images in these tests differ by class only: what is drawn is seen on the way."""
+    original, seen = data.cifar10_indices, []
+    monkeypatch.setattr(data, "cifar10_indices", lambda *arguments: seen.append(arguments) or original(*arguments))
+    data.load_splits(cifar10(cifar10_root, "I", 5))
+    ((labels, protocol, seed),) = seen
+    assert (len(labels), protocol, seed) == (60000, "I", 5)
+    first, other = (original(labels, "I", seed)["query"] for seed in (5, 6))
+    assert not np.array_equal(first, other)
+
+
+def test_a_data_set_is_one_row(photo_root, monkeypatch):
+    """Nothing else has to change for a new one."""
+
+    def load(source):
+        pixels = np.random.default_rng(source.seed).integers(0, 256, (12, 8, 8, 3), dtype=np.uint8)
+        images = readers.Images(pixels, np.arange(12) % 3)
+        return data.Splits(images, images.subset(np.arange(3)), images)
+
+    monkeypatch.setitem(data.DATASETS, "Own", data.Dataset(load, "mine", classes=("a", "b", "c"), mirrored=False))
+    splits = data.load_splits(replace(photos(photo_root, "Own"), seed=3), limit=6)
+    assert [len(part) for part in (splits.train, splits.query, splits.database)] == [6, 3, 6]
+    assert not splits.mirrored
+    assert data.class_names("Own", photo_root) == ("a", "b", "c")
+
+
+def test_only_digits_have_no_mirror_image(photo_root):
+    mirrored = {dataset: data.load_splits(photos(photo_root, dataset)).mirrored for dataset in ("Digits", "NUSWIDE")}
+    assert mirrored == {"Digits": False, "NUSWIDE": True}
+    assert [name for name, row in data.DATASETS.items() if row.protocols] == ["CIFAR10"]
+
+
+def test_names_of_classes_stand_in_the_registry_or_beside_the_lists(photo_root):
+    assert data.class_names("CIFAR10", photo_root)[3] == "cat"
+    assert data.class_names("Flickr25K", photo_root / "data") == ()
+    names = data.class_names("Flickr25K", Path(data.__file__).parent / "data")
+    assert len(names) == readers.FLICKR25K_CONCEPTS
+
+
+def test_a_missing_folder_of_images_is_named(photo_root, tmp_path):
+    with pytest.raises(InputError, match=rf"{tmp_path}/Flickr25K/mirflickr is missing"):
+        data.load_splits(replace(photos(photo_root, "Flickr25K"), data_root=tmp_path))

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, wait_for, write_cifar10
+from helpers import ROOT, wait_for, write_cifar10
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from test_engine import LIVELY, SMALL
 from test_feature_cache import FROZEN

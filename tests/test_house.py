@@ -6,7 +6,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from conftest import ROOT
+from helpers import ROOT
 
 # bottom to top: a module imports modules of lower rows only, or of its own row, without a circle
 ORDER = [

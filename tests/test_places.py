@@ -7,7 +7,7 @@ import sys
 
 import pytest
 import torch
-from conftest import ROOT
+from helpers import ROOT
 
 import utils
 from utils import InputError, RunError, atomic_write, locked, run_script, write_tensors

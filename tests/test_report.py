@@ -8,11 +8,13 @@ from html.parser import HTMLParser
 import numpy as np
 import pytest
 import torch
-from test_engine import LIVELY, SMALL, small_run
-from test_scripts import call, refused
+from helpers import LIVELY, SMALL, call, refused, small_run
 
+import engine
+import loaders
 import main
 import retrieval
+from config import Config
 
 N = 3
 
@@ -72,10 +74,10 @@ def test_the_gallery_shows_the_best_and_the_worst_queries(reported):
     folder, text = reported
     page = Page(text)
     metrics = json.loads((folder / "metrics.json").read_text())
-    config = main.argparse.Namespace(**metrics["config"] | {"test_only": True, "checkpoint": str(folder / "model.cpt")})
-    splits, model = main.build(config)
+    config = Config(metrics["config"] | {"test_only": True, "checkpoint": str(folder / "model.cpt")})
+    splits, model = engine.build(config)
     model.eval()
-    images = torch.stack([batch for part in main.data.test_batches(splits.query, config) for batch in part])
+    images = torch.cat(list(loaders.test_batches(splits.query, engine.preprocessing(config))))
     with torch.no_grad():
         z = model(images)
     codes = torch.from_numpy(np.load(folder / "db_codes.npy").astype(int))
@@ -133,6 +135,74 @@ def test_photos_with_several_labels(photo_root, tmp_path):
     assert "image/jpeg" in text
     assert re.search(r"labels \d+", text)
     assert "the paper" not in text  # nothing was published for 6 bits
+
+
+@pytest.mark.parametrize(
+    ("place", "value"),
+    [
+        (("map",), 10**400), (("map",), 1.5), (("bits",), "x"), (("bits",), -1), (("epochs_run",), None),
+        (("history",), {"x": 1}), (("history",), ["x"]), (("history",), [{"epoch": 0, "val_mAP": "x"}]),
+        (("history",), [{"val_mAP": 0.5}]), (("history",), [{"epoch": 0, "val_mAP": float("nan")}]),
+        (("history",), [{"epoch": 0, "val_mAP": [1]}]), (("history",), [{"epoch": 0, "quant_err": 10**400}]),
+        (("history",), None), (("seconds",), {"x": "y"}), (("seconds",), 3), (("seconds",), {"x": 10**400}),
+        (("versions",), [1]), (("config", "K"), 10**12), (("config", "K"), "8"), (("config", "K"), 1),
+        (("config", "M"), 10**12), (("config", "M"), 3), (("config", "feat_dim"), 10**12),
+        (("config", "feat_dim"), 9), (("config", "image_size"), 10**9), (("config", "image_size"), "x"),
+        (("config", "dataset"), ["Digits"]), (("config", "dataset"), "MNIST"), (("config", "backbone"), "none"),
+        (("config", "method"), 3), (("config", "recipe"), "evil"), (("config", "test_only"), "yes"),
+        (("config", "protocol"), {}), (("config", "symmetric_distance"), []), (("config", "seed"), "x"),
+        (("config", "seed"), -1), (("config", "topK"), "x"), (("config", "batch_size"), 10**12),
+        (("config", "limit"), []), (("config", "num_workers"), "x"), (("config", "device"), "gpu"),
+        (("config", "data_root"), 3.5), (("config", "data_root"), "\0"), (("config", "feature_cache"), 3.5),
+        (("config", "alpha"), "x"), (("config", "trainable_layer_num"), 10**6), (("config", "T"), "x"),
+        (("config",), {}), (("model_sha256",), 3),
+    ],
+    ids=lambda x: str(x)[:40],
+)  # fmt: skip
+def test_altered_metrics_end_in_one_line(place, value, reported, tmp_path, capsys):
+    """Nothing that metrics.json says fills the memory or ends in a traceback."""
+    folder, _ = reported
+    run = tmp_path / "checkpoints" / "altered"
+    shutil.copytree(folder, run)
+    (run / "report.html").unlink(missing_ok=True)
+    metrics = json.loads((run / "metrics.json").read_text())
+    *above, last = place
+    content = metrics
+    for name in above:
+        content = content[name]
+    content[last] = value
+    (run / "metrics.json").write_text(json.dumps(metrics))
+    refused(capsys, "report", "altered", "--output", tmp_path, "--queries", 1)
+    assert not (run / "report.html").exists()
+
+
+def test_a_run_whose_codes_are_of_other_codebooks(reported, tmp_path, capsys):
+    """K is what codes and codewords say, whatever metrics.json says of it."""
+    folder, _ = reported
+    run = tmp_path / "checkpoints" / "altered"
+    shutil.copytree(folder, run)
+    metrics = json.loads((run / "metrics.json").read_text())
+    metrics["config"]["K"] = 65536
+    (run / "metrics.json").write_text(json.dumps(metrics))
+    assert "made with other codebooks" in refused(capsys, "report", "altered", "--output", tmp_path, "--queries", 1)
+
+
+@pytest.mark.parametrize("target", ["/dev/null", "folder"])
+def test_a_report_is_written_to_a_regular_file_only(target, reported, tmp_path, capsys):
+    folder, _ = reported
+    (tmp_path / "folder").mkdir()
+    words = refused(capsys, "report", "small", "--output", folder.parent.parent, "--html", tmp_path / target)
+    assert "is not a regular file" in words
+
+
+def test_a_checkpoint_that_is_a_device_is_not_read(reported, tmp_path, capsys):
+    folder, _ = reported
+    run = tmp_path / "checkpoints" / "altered"
+    shutil.copytree(folder, run)
+    metrics = json.loads((run / "metrics.json").read_text())
+    metrics["config"] |= {"test_only": True, "checkpoint": "/dev/zero"}
+    (run / "metrics.json").write_text(json.dumps(metrics))
+    assert "/dev/zero" in refused(capsys, "report", "altered", "--output", tmp_path, "--queries", 1)
 
 
 def test_what_is_missing_is_said_in_one_line(reported, tmp_path, capsys):

@@ -1,269 +1,26 @@
-"""The tools that a user starts by hand, called in this process as `main(argv)` under `run_script`."""
+"""The shell scripts: run0001.sh ... run0024.sh hold the published flags, run_all.sh runs them all."""
 
 import contextlib
 import csv
-import importlib.util
 import json
 import os
-import shutil
 import signal
 import subprocess
 import sys
 import time
-import zipfile
 from pathlib import Path
 
-import numpy as np
 import pytest
-from conftest import ROOT, wait_for
+from helpers import ROOT, wait_for
 
-import data
-import main
-import readers
-from utils import run_script
-
-
-def load(name):
-    (path,) = (path for folder in ("scripts", "experiments") if (path := ROOT / folder / f"{name}.py").exists())
-    spec = importlib.util.spec_from_file_location(name, path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-def call(name, *argv):
-    return run_script(lambda: load(name).main([str(arg) for arg in argv]))
-
-
-def refused(capsys, name, *argv):
-    assert call(name, *argv) == 2
-    output = capsys.readouterr()
-    assert output.err.startswith("error: ")
-    assert output.err.count("\n") == 1
-    return output.err
-
-
-def zipped(folder, path):
-    with zipfile.ZipFile(path, "w") as archive:
-        for file in sorted(folder.rglob("*")):
-            archive.write(file, file.relative_to(folder))
-    return path
-
-
-# ---------------------------------------------------------------- MIRFLICKR-25000
-
-RELEVANT = ("baby", "bird", "car", "clouds", "dog", "female", "flower", "male", "night", "people", "portrait", "river",
-            "sea", "tree")  # fmt: skip
-POTENTIAL = (*RELEVANT, "animals", "food", "indoor", "lake", "plant_life", "sky", "structures", "sunset", "transport",
-             "water")  # fmt: skip
-FLICKR_FILES = (*POTENTIAL, *(f"{name}_r1" for name in RELEVANT))
-
-
-@pytest.fixture
-def mirflickr(tmp_path):
-    """The makers' layout in small, 60 images: potential labels, relevant ones (_r1), a README; and the true labels."""
-    folder = tmp_path / "mirflickr25k_annotations_v080"
-    folder.mkdir()
-    generator = np.random.default_rng(3)
-    truth = {}
-    for name in FLICKR_FILES:
-        truth[name] = np.sort(generator.choice(60, generator.integers(1, 30), replace=False)) + 1
-        (folder / f"{name}.txt").write_text("\r\n".join(map(str, truth[name])) + "\r\n")
-    (folder / "README.txt").write_text("Annotations of MIRFLICKR-25000")
-    return folder, {name: numbers for name, numbers in truth.items() if not name.endswith("_r1")}
-
-
-@pytest.mark.parametrize("kind", ["folder", "zip"])
-def test_flickr25k_lists_hold_the_potential_labels(kind, mirflickr, tmp_path, capsys):
-    folder, truth = mirflickr
-    source = folder if kind == "folder" else zipped(folder.parent, tmp_path.parent / f"{tmp_path.name}.zip")
-    output = tmp_path / "data" / "Flickr25k"
-    assert call("prepare_flickr25k", source, "--output", output, "--count", 60) == 0
-    assert f"water {len(truth['water'])}" in capsys.readouterr().out
-    images = readers.read_flickr25k(output, tmp_path)
-    assert images.names.tolist() == [f"im{i}.jpg" for i in range(1, 61)]
-    concepts = (output / "concepts.txt").read_text().split()
-    assert concepts == sorted(truth)
-    for column, concept in enumerate(concepts):
-        assert (np.flatnonzero(images.labels[:, column]) + 1).tolist() == truth[concept].tolist()
-
-
-def test_flickr25k_lists_are_not_overwritten_unless_forced(mirflickr, tmp_path, capsys):
-    output = tmp_path / "lists"
-    output.mkdir()
-    (output / "targets.txt").write_text("mine")
-    assert "--force" in refused(capsys, "prepare_flickr25k", mirflickr[0], "--output", output, "--count", 60)
-    assert [path.name for path in output.iterdir()] == ["targets.txt"]
-    assert (output / "targets.txt").read_text() == "mine"
-    assert call("prepare_flickr25k", mirflickr[0], "--output", output, "--count", 60, "--force") == 0
-    assert len((output / "targets.txt").read_text().splitlines()) == 60
-
-
-@pytest.mark.parametrize(
-    ("name", "content", "words"),
-    [
-        ("sky.txt", "1\n61\n", "sky.txt:2: '61' is no image number from 1 to 60"),
-        ("sky.txt", "0\n", "sky.txt:1: '0' is no image number"),
-        ("sky.txt", "1\nim7.jpg\n", "sky.txt:2: 'im7.jpg' is no image number"),
-        ("sky.txt", "0000000019999999\n", "sky.txt:1: '0000000019999999' is no image number"),
-        ("sky.txt", "4\n5\n4\n", "sky.txt:3: image 4 stands there twice"),
-        ("sky.txt", "", "sky.txt is empty"),
-        ("tree.txt", None, "1 of the 24 label files are not in it: tree"),
-    ],
-)
-def test_flickr25k_annotations_that_are_wrong(name, content, words, mirflickr, tmp_path, capsys):
-    folder = mirflickr[0]
-    (folder / name).unlink()
-    if content is not None:
-        (folder / name).write_text(content)
-    output = tmp_path / "lists"
-    assert words in refused(capsys, "prepare_flickr25k", folder, "--output", output, "--count", 60)
-    assert not list(output.iterdir())
-
-
-def test_annotations_that_are_no_archive(tmp_path, capsys):
-    assert "does not exist" in refused(capsys, "prepare_flickr25k", tmp_path / "none.zip")
-    (tmp_path / "bad.zip").write_text("404: not found")
-    assert "bad.zip is not a readable zip archive" in refused(capsys, "prepare_flickr25k", tmp_path / "bad.zip")
-
-
-@pytest.mark.parametrize("kind", ["file", "below a file", "folder in the way"])
-def test_lists_that_can_not_be_written(kind, mirflickr, tmp_path, capsys):
-    output = tmp_path / "lists"
-    if kind == "folder in the way":
-        (output / "img.txt").mkdir(parents=True)
-    else:
-        output.touch()
-    target = output / "below" if kind == "below a file" else output
-    assert str(output) in refused(
-        capsys, "prepare_flickr25k", mirflickr[0], "--output", target, "--count", 60, "--force"
-    )
-
-
-# ---------------------------------------------------------------- NUS-WIDE
-
-
-@pytest.fixture
-def nuswide(tmp_path):
-    """The makers' layout in small: 30 concepts, 400 images; and labels by name of image."""
-    generator = np.random.default_rng(5)
-    concepts = [f"concept{i:02d}" for i in range(30)]
-    labels = generator.random((400, 30)) < np.linspace(0.02, 0.2, 30)[generator.permutation(30)]
-    ground, images = tmp_path / "Groundtruth", tmp_path / "ImageList"
-    for folder in (ground / "AllLabels", ground / "TrainTestLabels", images):
-        folder.mkdir(parents=True)
-    for column, concept in enumerate(concepts):
-        (ground / "AllLabels" / f"Labels_{concept}.txt").write_text("".join(f"{x:d}\n" for x in labels[:, column]))
-        (ground / "TrainTestLabels" / f"Labels_{concept}_Train.txt").write_text("1\n")
-    names = [f"actor\\{i:04d}_{i * 7}.jpg" for i in range(400)]
-    (images / "Imagelist.txt").write_text("\r\n".join(names) + "\r\n")
-    (images / "TrainImagelist.txt").write_text(names[0])
-    order = sorted(range(30), key=lambda i: (-labels[:, i].sum(), concepts[i]))[:21]
-    frequent = sorted(order, key=lambda i: concepts[i])
-    truth = {name.replace("\\", "/"): labels[i, frequent] for i, name in enumerate(names)}
-    return ground, images, [concepts[i] for i in frequent], truth
-
-
-@pytest.mark.parametrize("kind", ["folder", "zip"])
-def test_nuswide_lists_keep_the_frequent_concepts(kind, nuswide, tmp_path):
-    ground, images, concepts, truth = nuswide
-    if kind == "zip":
-        ground, images = zipped(ground, tmp_path / "Groundtruth.zip"), zipped(images, tmp_path / "ImageList.zip")
-    output = tmp_path / "data" / "Nuswide"
-    assert call("prepare_nuswide", ground, images, "--output", output, "--count", 400, "--queries", 3) == 0
-    assert (output / "concepts.txt").read_text().split() == concepts
-    train, database, test = (
-        readers.read_nuswide(output / f"{part}.txt", tmp_path) for part in ("train", "database", "test")
-    )
-    np.testing.assert_array_equal(train.names, database.names)
-    assert len(test) == 63
-    assert set(test.names) | set(database.names) == {name for name, row in truth.items() if row.any()}
-    assert not set(test.names) & set(database.names)
-    for part in (train, database, test):
-        np.testing.assert_array_equal(part.labels, np.array([truth[name] for name in part.names]))
-    assert test.labels.sum(axis=0).min() >= 3
-
-
-def test_nuswide_queries_come_from_the_seed(nuswide, tmp_path):
-    contents = []
-    for name, seed in (("a", 1), ("b", 1), ("c", 2)):
-        flags = ("--output", tmp_path / name, "--count", 400, "--queries", 3, "--seed", seed)
-        assert call("prepare_nuswide", *nuswide[:2], *flags) == 0
-        contents.append((tmp_path / name / "test.txt").read_text())
-    assert contents[0] == contents[1] != contents[2]
-
-
-@pytest.mark.parametrize(
-    ("file", "change", "words"),
-    [
-        ("ImageList/Imagelist.txt", lambda text: text[: len(text) // 2], "images instead of 400"),
-        ("ImageList/Imagelist.txt", lambda text: text.replace("0001_7", "0000_0"), "stands in Imagelist.txt twice"),
-        ("ImageList/Imagelist.txt", None, "there is no Imagelist.txt"),
-        ("Groundtruth/AllLabels/Labels_concept04.txt", lambda text: text[2:], "399 labels for 400 images"),
-        (
-            "Groundtruth/AllLabels/Labels_concept04.txt",
-            lambda text: "0\n2\n" + text[4:],
-            "Labels_concept04.txt:2: a label is '2'",
-        ),
-    ],
-)
-def test_nuswide_annotations_that_are_wrong(file, change, words, nuswide, tmp_path, capsys):
-    path = tmp_path / file
-    text = path.read_text()
-    path.unlink()
-    if change is not None:
-        path.write_text(change(text))
-    flags = ("--output", tmp_path / "lists", "--count", 400, "--queries", 3)
-    assert words in refused(capsys, "prepare_nuswide", *nuswide[:2], *flags)
-    assert not list((tmp_path / "lists").iterdir())
-
-
-def test_nuswide_refuses_what_can_not_be_drawn_and_what_is_there(nuswide, tmp_path, capsys):
-    flags = ("--output", tmp_path / "lists", "--count", 400)
-    assert "images left to draw from" in refused(capsys, "prepare_nuswide", *nuswide[:2], *flags, "--queries", 90)
-    assert call("prepare_nuswide", *nuswide[:2], *flags, "--queries", 2) == 0
-    assert "--force" in refused(capsys, "prepare_nuswide", *nuswide[:2], *flags, "--queries", 3)
-    assert len((tmp_path / "lists" / "test.txt").read_text().splitlines()) == 42
-
-
-# ---------------------------------------------------------------- check_data
-
-
-def test_check_data_says_what_is_there_and_what_is_missing(photo_root, cifar10_root, tmp_path, capsys):
-    shutil.copytree(photo_root, tmp_path, dirs_exist_ok=True)
-    (tmp_path / "datasets" / "CIFAR-10").symlink_to(cifar10_root / "CIFAR-10")
-    roots = ("--data_root", tmp_path / "datasets", "--list_root", tmp_path / "data", "--num_workers", 0)
-    assert call("check_data", *roots) == 0
-    text = capsys.readouterr().out
-    assert "airplane 5000, automobile 5000" in text
-    assert "50000 training images, 10000 queries, 50000 in the database" in text
-    assert "125 named by the lists, 125 sound, 0 missing" in text
-    splits = data.load_nuswide(tmp_path / "datasets", tmp_path / "data")
-    assert ", ".join(f"{i} {n}" for i, n in enumerate(splits.database.labels.sum(axis=0))) in text
-    name = splits.query.names[3]
-    (splits.query.root / name).unlink()
-    (splits.query.root / splits.database.names[1]).write_bytes(b"")
-    (tmp_path / "data" / "Flickr25k" / "img.txt").unlink()
-    assert call("check_data", *roots) == 1
-    text = capsys.readouterr().out
-    assert "not usable" in text.partition("Flickr25K:")[2].partition("NUSWIDE:")[0]
-    assert "90 named by the lists, 88 sound, 1 missing, 1 do not decode" in text
-    assert f"{name} is missing" in text
-    (tmp_path / "data" / "Nuswide" / "concepts.txt").write_bytes(b"\xff\xfe")
-    assert call("check_data", *roots, "--dataset", "NUSWIDE", "--dataset", "CIFAR10") == 1
-    text = capsys.readouterr().out
-    assert "not usable" in text.partition("CIFAR10:")[0]
-    assert "concepts.txt is not a readable text file" in text
-    assert "airplane 5000" in text
-    assert call("check_data", *roots, "--dataset", "CIFAR10") == 0
-
+from config import parse
 
 # ---------------------------------------------------------------- run0001.sh ... run0024.sh
 
 
 @pytest.fixture
 def stub(tmp_path):
-    """An interpreter that writes down its arguments, one a line, and fails where --notes is Flickr32bits."""
+    """An interpreter that writes down its arguments, one per line, and fails if --notes is Flickr32bits."""
     path = tmp_path / "python"
     path.write_text(
         f"#!/bin/bash\n{{ flock 9; printf '%s\\n' \"$@\" --; }} 9>{tmp_path}/lock >>{tmp_path}/calls\n"
@@ -294,7 +51,7 @@ def test_scripts_hold_the_published_flags_and_nothing_else(row, stub):
     script, cwd = (row["script"], ROOT / "scripts") if inside else (f"scripts/{row['script']}", ROOT)
     result, calls = stub(script, "0", cwd=cwd)
     assert result.returncode in (0, 2)  # the stub's
-    config = vars(main.resolve(main.build_parser().parse_args(calls[0])))
+    config = vars(parse(calls[0]))
     assert config["notes"] == row["notes"]
     assert config["symmetric_distance"] == (row["symmetric_distance"] == "1")
     for flag in ("dataset", "mode"):
@@ -307,7 +64,7 @@ def test_scripts_hold_the_published_flags_and_nothing_else(row, stub):
         assert config[flag] == float(row[flag])
     same = ("notes", "dataset", "protocol", "trainable_layer_num", "M", "feat_dim", "T", "hp_beta", "hp_lambda", "mode",
             "pos_prior", "queue_begin_epoch", "topK", "symmetric_distance", "device", "memory")  # fmt: skip
-    defaults = vars(main.resolve(main.build_parser().parse_args([])))
+    defaults = vars(parse([]))
     assert {k: v for k, v in config.items() if k not in same} == {k: v for k, v in defaults.items() if k not in same}
     assert (config["device"], config["memory"]) == ("cuda:0", "soft")
 
@@ -323,11 +80,11 @@ def test_further_flags_are_passed_on_and_win(stub):
     _, calls = stub(
         "scripts/run0015.sh", "3", "--recipe", "release", "--seed", "7", "--notes", "mine", "--hp_lambda", "0"
     )
-    config = main.resolve(main.build_parser().parse_args(calls[0]))
+    config = parse(calls[0])
     assert (config.device, config.recipe, config.seed, config.notes) == ("cuda:3", "release", 7, "mine")
     assert (config.hp_lambda, config.pairing) == (0, "all")
     _, calls = stub("scripts/run0015.sh", "cpu")
-    assert main.resolve(main.build_parser().parse_args(calls[1])).device == "cpu"
+    assert parse(calls[1]).device == "cpu"
 
 
 @pytest.mark.parametrize("arguments", [[], ["cuda"], ["--seed", "7"], ["0a"], [""]])
@@ -351,7 +108,7 @@ def test_a_script_really_starts_main():
 
 def test_run_all_runs_each_script_once_and_reports_failures(stub):
     result, calls = stub("scripts/run_all.sh", "0,2,cpu", "1-5,0009", "--recipe", "release")
-    configs = [main.resolve(main.build_parser().parse_args(call)) for call in calls]
+    configs = [parse(call) for call in calls]
     rows = run_configs()
     assert sorted(c.notes for c in configs) == sorted(rows[i - 1]["notes"] for i in (1, 2, 3, 4, 5, 9))
     assert all(c.recipe == "release" and c.resume for c in configs)
@@ -361,7 +118,7 @@ def test_run_all_runs_each_script_once_and_reports_failures(stub):
     assert result.stderr.rstrip().endswith("failed: run0003.sh")
     result, calls = stub("scripts/run_all.sh", "1", "7-8")
     assert result.returncode == 0
-    assert [main.resolve(main.build_parser().parse_args(call)).device for call in calls[-2:]] == ["cuda:1"] * 2
+    assert [parse(call).device for call in calls[-2:]] == ["cuda:1"] * 2
 
 
 @pytest.mark.parametrize(
@@ -376,11 +133,11 @@ def test_run_all_runs_each_script_once_and_reports_failures(stub):
         ["0", "23-25"],
         ["0", "5-1"],
         ["0", "1,9-7"],
-        ["0", "1", "--dry_run"],
+        ["0", "1", "--help"],
         ["0", "1", "--notes", "x"],
     ],
 )
-def test_run_all_refuses_what_it_can_not_run(arguments, stub):
+def test_run_all_refuses_what_it_cannot_run(arguments, stub):
     result, calls = stub("scripts/run_all.sh", *arguments)
     assert (result.returncode, calls) == (2, [])
     assert result.stderr.count("\n") == 1
@@ -413,6 +170,59 @@ def test_run_all_interrupted_ends_its_runs_and_starts_no_other(number, tmp_path)
                 os.kill(int(pid), signal.SIGKILL)
 
 
+def test_run_all_says_what_it_would_run():
+    environment = os.environ | {"MECOQ_PYTHON": sys.executable}
+    command = ["bash", "scripts/run_all.sh", "0,1", "3,7-8", "--recipe", "release", "--dry_run"]
+    result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=True)
+    assert result.stdout == "would run on 0 1: run0003.sh run0007.sh run0008.sh\n"
+    result = subprocess.run([*command, "--lr", "fast"], cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert (result.returncode, result.stderr.count("\n")) == (2, 1)
+
+
+def test_the_quick_start_can_be_tried_without_training(tmp_path):
+    environment = os.environ | {"MECOQ_PYTHON": sys.executable}
+    command = ["bash", "scripts/quickstart.sh", "--output", str(tmp_path), "--dry_run"]
+    result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=True)
+    assert result.stdout.count('"dataset": "Digits"') == 2
+    assert not list(tmp_path.iterdir())
+
+
+# ---------------------------------------------------------------- the environment
+
+
+@pytest.fixture
+def project(tmp_path):
+    """A copy of what venv.sh needs, with an interpreter that notes what pip is asked to install."""
+    (tmp_path / "scripts").mkdir()
+    for name in ("scripts/venv.sh", "requirements.txt", "requirements-extra.txt", "requirements-test.txt"):
+        (tmp_path / name).write_bytes((ROOT / name).read_bytes())
+    python = tmp_path / ".venv" / "bin" / "python"
+    python.parent.mkdir(parents=True)
+    python.write_text(f'#!/bin/bash\necho "$@" >>{tmp_path}/calls\n')
+    python.chmod(0o755)
+
+    def source(*files):
+        environment = {name: value for name, value in os.environ.items() if name != "MECOQ_PYTHON"}
+        (tmp_path / "calls").write_text("")
+        command = f"set -euo pipefail; source scripts/venv.sh {' '.join(files)}"
+        subprocess.run(["bash", "-c", command], cwd=tmp_path, env=environment, check=True)
+        return [line for line in (tmp_path / "calls").read_text().splitlines() if "install" in line]
+
+    return tmp_path, source
+
+
+def test_requirements_are_installed_once_and_when_they_change(project):
+    folder, source = project
+    assert len(source("requirements.txt")) == 1
+    assert source("requirements.txt") == []
+    (installed,) = source("requirements-test.txt")
+    assert installed.endswith("--requirement=requirements-test.txt")
+    assert source("requirements.txt") == source("requirements-test.txt") == []
+    with (folder / "requirements.txt").open("a") as file:
+        file.write("another\n")
+    assert len(source("requirements.txt")) == len(source("requirements-test.txt")) == 1
+
+
 def test_run_all_tells_of_scripts_that_never_ran(tmp_path):
     """A worker that is killed leaves its queue undone."""
     python = tmp_path / "python"
@@ -424,78 +234,3 @@ def test_run_all_tells_of_scripts_that_never_ran(tmp_path):
     )  # fmt: skip
     assert result.returncode == 1
     assert result.stderr.splitlines()[-1] == "failed: run0001.sh run0002.sh run0003.sh"
-
-
-# ---------------------------------------------------------------- compare_published
-
-
-def write_metrics(output, notes, value, flags, canonical=True):
-    config = vars(main.resolve(main.build_parser().parse_args(flags)))
-    folder = output / "checkpoints" / notes
-    folder.mkdir(parents=True)
-    metrics = {"map": value, "bits": config["M"] * 8, "canonical_data": canonical, "config": config}
-    (folder / "metrics.json").write_text(json.dumps(metrics))
-
-
-CIFAR_II_32 = """--dataset CIFAR10 --protocol II --M 4 --feat_dim 48 --trainable_layer_num 2 --T 0.35 --hp_beta 5e-3
-    --hp_lambda 0.1 --mode debias --pos_prior 0.1 --queue_begin_epoch 15 --topK 1000""".split()  # noqa: SIM905
-
-
-def test_our_numbers_stand_beside_the_published_ones(tmp_path, capsys):
-    """Expected values are read off the published tables by hand."""
-    for seed, value in ((1, 0.64), (2, 0.65)):
-        write_metrics(tmp_path, f"seed{seed}", value, [*CIFAR_II_32, "--seed", str(seed)])
-    write_metrics(tmp_path, "own", 0.6, [*CIFAR_II_32, "--recipe", "release", "--pairing", "own"])
-    for notes, value, flags in (("a", 0.5, ["--memory", "none"]), ("b", 0.3, ["--topK", "10"])):
-        write_metrics(tmp_path, notes, value, [*CIFAR_II_32, *flags])
-    tested = ["--test_only", "--checkpoint", "their/model.cpt", "--recipe", "release"]
-    write_metrics(tmp_path, "c", 0.63, [*CIFAR_II_32, *tested])
-    write_metrics(tmp_path / "b", "16", 0.7, ["--dataset", "NUSWIDE", "--M", "2", "--symmetric_distance"], False)
-    write_metrics(tmp_path / "b", "digits", 0.9, ["--dataset", "Digits"])
-    log = tmp_path / "old-CifarI16bits.log"
-    log.write_text("epoch 0: avg loss=4.9\nval mAP=0.6\n2021-08-01 test mAP=0.681300\n")
-    assert call("compare_published", "--output", tmp_path, tmp_path / "b", "--logs", log) == 0
-    with (tmp_path / "checkpoints" / "compare_published.csv").open() as file:
-        rows = {(row["experiment"], row["setting"]): row for row in csv.DictReader(file)}
-    paper = rows["CifarII32bits", "paper"]
-    assert [float(paper[f"ours_{key}"]) for key in ("count", "mean", "min", "max")] == [2, 64.5, 64, 65]
-    assert (float(paper["paper"]), float(paper["minus_paper"])) == (64.09, 0.41)
-    assert float(paper["release_mean"]) == pytest.approx((64.0929 + 64.11 + 63.1728) / 3, abs=1e-3)
-    assert (float(paper["release_min"]), float(paper["release_max"])) == (63.1728, 64.11)
-    assert float(rows["CifarII32bits", "release, pairing=own"]["ours_mean"]) == 60
-    assert float(rows["CifarII32bits", "paper, memory=none, queue_begin_epoch=-1"]["ours_mean"]) == 50
-    assert float(rows["CifarII32bits", "paper, topK=10"]["ours_mean"]) == 30
-    assert [s for e, s in rows if "test_only=True" in s and "checkpoint=their/model.cpt" in s]
-    symm = next(row for (e, s), row in rows.items() if e == "Nuswide16bitsSymm")
-    assert all(words in symm["setting"] for words in ("T=0.1", "topK=None", "not the published images"))
-    assert (symm["paper"], float(symm["ours_mean"])) == ("", 70)
-    assert float(rows["CifarI16bits", "log"]["minus_paper"]) == pytest.approx(68.13 - 68.20)
-    assert len({experiment for experiment, _ in rows}) == 24
-    text = capsys.readouterr().out
-    assert (tmp_path / "checkpoints" / "compare_published.md").read_text() in text
-    line = next(line for line in text.splitlines() if "CifarII32bits " in line and "paper" in line)
-    assert [cell.strip() for cell in line.split("|")[3:6]] == ["2", "64.50 (64.00-65.00)", "64.09"]
-
-
-@pytest.mark.parametrize(
-    ("name", "content", "words"),
-    [
-        ("checkpoints/a/metrics.json", "{", "is not the metrics.json of a run"),
-        ("checkpoints/a/metrics.json", "[]", "is not the metrics.json of a run"),
-        ("checkpoints/a/metrics.json", '{"map": 0.1, "config": {}}', "of another version"),
-        ("checkpoints/a/metrics.json", "[" * 100000, "is not the metrics.json of a run"),
-        ("checkpoints/a/metrics.json", '{"map": 0.1, "config": {"dataset": []}}', "of another version"),
-        ("mine.log", "test mAP=0.5", "does not say which experiment"),
-        ("CifarI16bits.log", "val mAP=0.5", "no line 'test mAP=...'"),
-        ("CifarI16bits.log", None, "not readable"),
-    ],
-)
-def test_results_that_can_not_be_compared_are_named(name, content, words, tmp_path, capsys):
-    path = tmp_path / name
-    path.parent.mkdir(parents=True, exist_ok=True)
-    if content is not None:
-        path.write_text(content)
-    logs = ["--logs", path] if name.endswith(".log") else []
-    error = refused(capsys, "compare_published", "--output", tmp_path, *logs)
-    assert words in error
-    assert str(path) in error

@@ -1,7 +1,5 @@
 """Batched views against Pillow's, seed by seed and as distributions."""
 
-from argparse import Namespace
-
 import numpy as np
 import pytest
 import torch
@@ -11,8 +9,9 @@ from sklearn.datasets import load_sample_images
 from torchvision import transforms as T
 from torchvision.transforms import functional as TF
 
-import data
+import loaders
 import transforms
+from data import Splits
 from readers import ImageFiles
 
 STD = torch.tensor(transforms.IMAGENET_STD)[:, None, None]
@@ -85,11 +84,11 @@ def test_views_of_photos_on_disk_are_pillows_within_a_level(path, tmp_path):
     picture.convert("L" if path == "grey.png" else "RGB").save(tmp_path / path, quality=95)
     images = ImageFiles(tmp_path, np.array([path]), np.ones((1, 3), dtype=np.uint8))
     for seed in range(12):
-        crops, numbers = data.photo_views(images, True, 64, 0, seed)
+        crops, numbers = loaders.photo_views(images, True, 64, 0, seed)
         theirs = by_pillow([np.asarray(images.picture(0))] * 2, numbers, 64)
         assert levels(transforms.augment_crops(crops, numbers), theirs).max() < (5 if path == "large.jpg" else 2)
-    args = Namespace(image_size=64, batch_size=1, num_workers=0, device="cpu", views="batched", seed=1)
-    assert [len(pair) for pair in data.train_loader(data.Splits(images, images, images), args)] == [2]
+    options = loaders.ViewOptions("batched", image_size=64, batch_size=1, seed=1)
+    assert [len(pair) for pair in loaders.train_loader(Splits(images, images, images), options, "cpu", 0)] == [2]
 
 
 def test_crops_of_reduced_photos_stay_inside():
@@ -189,3 +188,67 @@ def test_test_images_are_pillows(source, size):
     difference = ((ours - theirs) * STD * 255).abs()
     assert difference.max() < 1.01  # a level where a sum lies between two
     assert (difference > 0.5).float().mean() < 0.03
+
+
+# ---------------------------------------------------------------- image by image
+
+
+def share(transform, picture, test, n=400):
+    return sum(bool(test(transform(picture))) for _ in range(n)) / n
+
+
+def test_views_are_drawn_as_described():
+    """Shares of grey and of mirrored views, on pictures where each shows."""
+    red = Image.new("RGB", (32, 32), (200, 40, 40))
+    view = transforms.view_transform(32, mirrored=True)
+    std, mean = (torch.tensor(values)[:, None, None] for values in (transforms.IMAGENET_STD, transforms.IMAGENET_MEAN))
+    undo = lambda x: x * std + mean  # noqa: E731
+    grey = share(view, red, lambda x: (undo(x).amax(0) - undo(x).amin(0)).max() < 0.02)
+    assert grey == pytest.approx(0.2, abs=0.07)
+    colour = torch.tensor([200, 40, 40])[:, None, None] / 255
+    untouched = share(view, red, lambda x: (undo(x) - colour).abs().max() < 0.01)
+    assert untouched == pytest.approx(0.3 * 0.8, abs=0.07)
+    ramp = Image.fromarray(np.repeat(np.arange(0, 256, 8, dtype=np.uint8)[None, :, None], 32, 0).repeat(3, 2))
+    rising = lambda x: x[:, :, -1].mean() > x[:, :, 0].mean()  # noqa: E731
+    assert share(view, ramp, rising) == pytest.approx(0.5, abs=0.08)
+    assert share(transforms.view_transform(32, mirrored=False), ramp, rising) == 1.0
+
+
+@pytest.mark.parametrize("sigma", [0.1, 0.3, 0.7, 1.3, 2.0])
+@pytest.mark.parametrize("size", [(48, 32), (3, 5), (224, 224)])
+def test_the_blur_is_torchvisions_within_a_level(sigma, size, monkeypatch):
+    picture = Image.fromarray(photo(size))
+    monkeypatch.setattr(transforms, "BLUR_SIGMAS", (sigma, sigma))
+    theirs = T.GaussianBlur(3, (sigma, sigma))(picture)
+    difference = np.abs(np.asarray(transforms.Blur()(picture), int) - np.asarray(theirs))
+    assert difference.max() <= 1
+    assert difference.mean() < 0.4
+    if sigma > 0.5:
+        assert np.abs(np.asarray(picture, int) - np.asarray(theirs)).max() > 3  # it does something
+
+
+def test_the_blur_draws_as_torchvisions_does():
+    """One number, so that the views of a seed differ from those of torchvision's blur by rounding alone."""
+    after = []
+    for blur in (transforms.Blur(), T.GaussianBlur(3, (0.1, 2.0))):
+        torch.manual_seed(5)
+        blur(Image.fromarray(photo((32, 32))))
+        after.append(torch.rand(3))
+    assert torch.equal(*after)
+    before = transforms.view_transform(32, True)
+    torch.manual_seed(5)
+    ours = torch.stack([before(Image.fromarray(photo((32, 32)))) for _ in range(20)])
+    before.transforms[4].transforms = [T.GaussianBlur(3, (0.1, 2.0))]
+    torch.manual_seed(5)
+    theirs = torch.stack([before(Image.fromarray(photo((32, 32)))) for _ in range(20)])
+    assert ((ours - theirs) * STD * 255).abs().max() < 1.01
+
+
+def test_photos_are_resized_by_their_shorter_side_and_cut():
+    """A picture twice as wide as high: its outer quarters are cut off, and an eighth of what is left on each side."""
+    picture = Image.new("RGB", (512, 256), (0, 0, 255))
+    picture.paste((255, 0, 0), (144, 16, 368, 240))  # the 224 x 224 in the middle
+    x = transforms.photo_transform(224)(picture)
+    assert x.shape == (3, 224, 224)
+    np.testing.assert_allclose(x[0], (1 - 0.485) / 0.229, rtol=1e-5)
+    assert transforms.photo_transform(64)(picture).shape == (3, 64, 64)

@@ -1,0 +1,122 @@
+"""Batches of views and of test images."""
+
+import hashlib
+
+import numpy as np
+import pytest
+import torch
+
+import data
+import loaders
+import transforms
+from data import Splits
+from readers import Images
+
+
+def pictures(n=23):
+    pixels = np.random.default_rng(0).integers(0, 256, (n, 16, 16, 3), dtype=np.uint8)
+    images = Images(pixels, np.arange(n))
+    return Splits(images, images, images)
+
+
+def train_loader(splits, kind="batched", workers=0, seed=1, batch_size=5):
+    return loaders.train_loader(splits, loaders.ViewOptions(kind, 32, batch_size, seed), "cpu", workers)
+
+
+def one_epoch(epoch, workers=0, seed=1, batch_size=5, kind="batched"):
+    loader = train_loader(pictures(), kind, workers, seed, batch_size)
+    loader.set_epoch(epoch)
+    return list(loader)
+
+
+def test_batches_hold_every_image_once_and_the_last_is_smaller():
+    sampler = loaders.ShuffledBatches(23, 5, seed=1)
+    batches = list(sampler)
+    assert [len(batch) for batch in batches] == [5, 5, 5, 5, 3]
+    assert len(sampler) == 5
+    assert sorted(index for batch in batches for index, _ in batch) == list(range(23))
+    sampler.epoch = 1
+    assert [i for b in sampler for i, _ in b] != [i for b in batches for i, _ in b]
+
+
+@pytest.mark.parametrize("kind", ["batched", "pil"])
+def test_views_depend_on_seed_and_epoch_but_not_on_workers(kind):
+    before = torch.random.get_rng_state()
+    first = one_epoch(0, kind=kind)
+    assert torch.equal(before, torch.random.get_rng_state())
+    for a, b in zip(first, one_epoch(0, workers=2, kind=kind), strict=True):
+        assert torch.equal(a, b)
+    assert not torch.equal(first[0], one_epoch(1, kind=kind)[0])
+    assert not torch.equal(first[0], one_epoch(0, seed=2, kind=kind)[0])
+    assert not torch.equal(*first[0].chunk(2))
+    assert [batch.shape for batch in first] == [(10, 3, 32, 32)] * 4 + [(6, 3, 32, 32)]
+
+
+def views_by_image(loader, epoch):
+    """Index of an image -> both its views in an epoch."""
+    loader.set_epoch(epoch)
+    rows = [[index for index, _ in batch] for batch in loader.batches]
+    pairs = [torch.stack(batch.chunk(2), dim=1) for batch in loader]
+    return {i: pair for batch, views in zip(rows, pairs, strict=True) for i, pair in zip(batch, views, strict=True)}
+
+
+@pytest.mark.parametrize("kind", ["batched", "pil"])
+@pytest.mark.parametrize("place", ["memory", "disk"])
+def test_an_image_has_other_views_in_each_epoch(kind, place, photo_root):
+    """Image by image, for the order of images changes anyway."""
+    source = data.Source("Flickr25K", "I", 1, photo_root / "datasets", photo_root / "data")
+    loader = train_loader(pictures() if place == "memory" else data.load_splits(source), kind)
+    first, second, again = views_by_image(loader, 0), views_by_image(loader, 1), views_by_image(loader, 0)
+    assert len(first) >= 20
+    assert first.keys() == second.keys()
+    for i, pair in first.items():
+        assert torch.equal(pair, again[i])
+        assert not torch.equal(pair[0], second[i][0])
+        assert not torch.equal(pair[1], second[i][1])
+        assert not torch.equal(*pair)
+
+
+@pytest.mark.parametrize("kind", ["batched", "pil"])
+@pytest.mark.parametrize("workers", [0, 2])
+def test_an_epoch_goes_on_from_any_step(kind, workers):
+    loader = train_loader(pictures(), kind, workers)
+    loader.set_epoch(3)
+    whole = list(loader)
+    assert len(loader) == len(whole) == 5
+    for first_step in (2, 5):
+        loader.set_epoch(3, first_step)
+        rest = list(loader)
+        assert len(loader) == 5
+        assert len(rest) == 5 - first_step
+        assert all(torch.equal(a, b) for a, b in zip(rest, whole[first_step:], strict=True))
+    loader.set_epoch(3)
+    assert len(list(loader)) == 5
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_test_images_come_in_order_however_many_workers_read_them(workers, photo_root):
+    source = data.Source("Flickr25K", "I", 1, photo_root / "datasets", photo_root / "data")
+    images = data.load_splits(source).database
+    images = images.subset(np.arange(150) % len(images))
+    batches = list(loaders.test_batches(images, loaders.Preprocessing(32, "cpu", workers)))
+    assert [batch.shape for batch in batches] == [(128, 3, 32, 32), (22, 3, 32, 32)]
+    transform = transforms.photo_transform(32)
+    expected = torch.stack([transform(images.picture(i)) for i in range(150)])
+    assert torch.equal(torch.cat(batches), expected)
+
+
+def test_test_images_in_memory_are_enlarged():
+    images = pictures(130).query
+    batches = list(loaders.test_batches(images, loaders.Preprocessing(48, "cpu", 4)))
+    assert [batch.shape for batch in batches] == [(128, 3, 48, 48), (2, 3, 48, 48)]
+    expected = transforms.enlarge(torch.from_numpy(images.pixels), 48)
+    assert torch.equal(torch.cat(batches), expected)
+
+
+def test_random_streams_are_those_of_earlier_versions():
+    """Order of images and seeds of views; the digests were taken before the loaders had a file of their own."""
+    batches = loaders.ShuffledBatches(1000, 7, seed=2021)
+    batches.epoch = 3
+    columns = zip(*(row for batch in batches for row in batch), strict=True)
+    digests = [hashlib.sha256(np.array(column, np.int64).tobytes()).hexdigest()[:16] for column in columns]
+    assert digests == ["4aa4491b54f73b84", "a3a856e04c64bc20"]

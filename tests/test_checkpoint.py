@@ -14,17 +14,14 @@ import pytest
 import torch
 from helpers import (
     LIVELY,
-    ROOT,
     SMALL,
     SQUEEZENET,
     Killed,
-    call,
     change_images,
     config_of,
     killed_run,
     method_of,
     one_level_brighter,
-    refused,
     small_run,
     splits_of,
     write_flickr25k,
@@ -37,7 +34,7 @@ import main
 import utils
 from checkpoint import Patience
 from results import Events, Files
-from utils import InputError, Stopped, write_tensors
+from utils import Stopped, write_tensors
 
 FROZEN = ["--backbone", "squeezenet1_0", "--weights", "random", "--image_size", "32"]
 
@@ -51,7 +48,7 @@ def again(output, *flags):
 
 @pytest.mark.parametrize("kind", ["soft", "hard", "feature", "none"])
 def test_a_restored_training_is_the_same_in_every_part(kind, tmp_path):
-    flags = ["--memory", kind, "--queue_begin_epoch", "0", "--optimizer", "Adam"] if kind != "none" else []
+    flags = ["--memory", kind, "--queue_begin_epoch", "0", "--optimizer", "Adam"] if kind != "none" else ["--memory", kind]
     config = config_of(*flags)
     loader = engine.build_loader(config, splits_of("Digits", seed=1, limit=60))
     trainings = []
@@ -118,7 +115,7 @@ def test_other_images_are_refused(tmp_path, monkeypatch, capsys):
 
 def other_labels(images):
     labels = images.labels.copy()
-    labels[-1] = 1 - labels[-1]
+    labels[0] = (labels[0] + 1) % 10
     return replace(images, labels=labels)
 
 
@@ -226,6 +223,46 @@ def test_states_that_are_none_are_refused(content, tmp_path, monkeypatch, capsys
     assert again(tmp_path, "--overwrite") == 0
 
 
+@pytest.mark.parametrize("older", [True, False], ids=["as it was written", "but for its number"])
+def test_the_state_of_an_older_version_is_refused_in_one_line(older, tmp_path, monkeypatch, capsys):
+    """Format 1 held the code memory by that name, and a configuration without a method."""
+    folder = killed_run(tmp_path, monkeypatch)
+    last = folder / "last.cpt"
+    state = torch.load(last, weights_only=True)
+    assert state["format"] == checkpoint.FORMAT > 1
+    state["format"] = 1
+    if older:
+        state["memory"] = state.pop("extra")
+        del state["config"]["method"]
+    torch.save(state, last)
+    before = written_below(tmp_path)
+    assert again(tmp_path, "--resume") == 2
+    line = f"error: {last} was written by another version of this program: begin anew with --overwrite\n"
+    assert capsys.readouterr().err == line
+    assert written_below(tmp_path) == before
+    assert torch.load(last, weights_only=True)["format"] == 1
+
+
+@pytest.mark.parametrize("name", ["model", "optimizer", "extra"])
+def test_a_state_with_a_changed_number_is_refused(name, tmp_path, monkeypatch, capsys):
+    """A single bit of a tensor, which only the checksums in the file can tell."""
+    folder = killed_run(tmp_path, monkeypatch)
+    last = folder / "last.cpt"
+    state = torch.load(last, weights_only=True)
+    tensor = {
+        "model": lambda: state["model"]["projection.weight"],
+        "optimizer": lambda: state["optimizer"]["state"][0]["momentum_buffer"],
+        "extra": lambda: state["extra"]["codes"],
+    }[name]()
+    content, sought = last.read_bytes(), tensor.numpy().tobytes()[:64]
+    assert content.count(sought) == 1
+    at = content.index(sought) + 8
+    last.write_bytes(content[:at] + bytes([content[at] ^ 1]) + content[at + 1 :])
+    torch.load(last, weights_only=True)  # PyTorch does not mind
+    assert again(tmp_path, "--resume") == 2
+    assert f"{last} is damaged" in capsys.readouterr().err
+
+
 # ---------------------------------------------------------------- a run that is there
 
 
@@ -243,9 +280,50 @@ def test_a_run_is_replaced_on_demand_only(tmp_path, monkeypatch, capsys):
     assert again(tmp_path, "--overwrite", "--seed", "9", "--epoch_num", "1") == 0
     assert json.loads((folder / "metrics.json").read_text())["seed"] == 9
     log = (tmp_path / "logs" / "small.log").read_text()
-    assert '"seed": 9' in log
-    assert '"seed": 2021' not in log
+    assert "--seed 9\n" in log
+    assert "--seed 2021" not in log
     assert len(list((tmp_path / "logs" / "small").iterdir())) == 1
+
+
+def test_finished_runs_are_skipped_and_others_protected(finished, tmp_path, capsys, monkeypatch):
+    shutil.copytree(finished, tmp_path, dirs_exist_ok=True)
+    metrics = tmp_path / "checkpoints" / "small" / "metrics.json"
+    before = metrics.read_bytes()
+    flags = [*SMALL, *LIVELY, "--output", str(tmp_path), "--notes", "small", "--resume"]
+    assert main.main([*flags, "--num_workers", "1"]) == 0
+    assert "is finished: nothing to do" in capsys.readouterr().out
+    assert main.main([*flags, "--seed", "7", "--pairing", "all"]) == 2
+    assert "holds a run with seed=2021, pairing=own: give this one another" in capsys.readouterr().err
+    assert metrics.read_bytes() == before
+    model = metrics.with_name("model.cpt")
+    weights = model.read_bytes()
+    model.write_bytes(weights + b" ")  # as if another run had been killed after its first epoch
+    monkeypatch.setattr(engine, "run", lambda *a: print("it runs"))
+    assert main.main(flags) == 0
+    assert "it runs" in capsys.readouterr().out
+    model.write_bytes(weights)
+    monkeypatch.undo()
+    assert main.main([*flags, "--data_root", "elsewhere"]) == 0
+    assert main.main([*flags, "--weights", "random", "--backbone", "resnet18", "--image_size", "32"]) == 2
+    capsys.readouterr()
+    metrics.write_text("{}")
+    assert main.main(flags) == 2
+    assert "is not the metrics.json of a run" in capsys.readouterr().err
+    metrics.unlink()
+    assert main.main(flags) == 0  # tested again
+    assert json.loads(metrics.read_text())["map"] == json.loads(before)["map"]
+
+
+def test_a_finished_run_of_an_older_version_is_skipped(finished, tmp_path, capsys):
+    """Its configuration does not name what was the only method, and holds a flag that is gone."""
+    shutil.copytree(finished, tmp_path, dirs_exist_ok=True)
+    path = tmp_path / "checkpoints" / "small" / "metrics.json"
+    metrics = json.loads(path.read_text())
+    del metrics["config"]["method"]
+    path.write_text(json.dumps(metrics | {"config": metrics["config"] | {"dry_run": False}}))
+    flags = [*SMALL, *LIVELY, "--output", str(tmp_path), "--notes", "small", "--resume"]
+    assert main.main(flags) == 0
+    assert "is finished: nothing to do" in capsys.readouterr().out
 
 
 def test_what_failed_before_it_began_is_no_run(tmp_path, capsys):
@@ -270,6 +348,29 @@ def test_two_processes_do_not_share_a_run(tmp_path, capsys):
         other.kill()
         other.wait()
     assert again(tmp_path) == 0
+
+
+# ---------------------------------------------------------------- patience
+
+
+def test_patience_counts_values_that_are_not_better():
+    patience = Patience(2)
+    assert [patience.improved(v) for v in (0.1, 0.1, 0.2, 0.2)] == [True, False, True, False]
+    assert not patience.exhausted
+    assert not patience.improved(0.15)
+    assert patience.exhausted
+    assert patience.best == 0.2
+
+
+def test_patience_matches_a_published_run():
+    """A public log ends 10 evaluations after its best: 45 epochs, best at epoch 34."""
+    patience = Patience(10)
+    values = [0.5 + 0.001 * min(epoch, 34) for epoch in range(50)]
+    epochs_run = 0
+    while not patience.exhausted:
+        patience.improved(values[epochs_run])
+        epochs_run += 1
+    assert epochs_run == 45
 
 
 # ---------------------------------------------------------------- signals
@@ -399,41 +500,3 @@ def test_tensorboard_that_cannot_be_written_stops_nothing(tmp_path, monkeypatch)
         events.flush()
     assert len(said) == 1
     assert "going on without them" in said[0][0]
-
-
-# ---------------------------------------------------------------- inspect_checkpoint.py
-
-
-def test_inspect_checkpoint(tmp_path, capsys, monkeypatch):
-    folder = small_run(tmp_path, *LIVELY)
-    capsys.readouterr()
-    assert call("inspect_checkpoint", folder) == 0
-    output = capsys.readouterr().out
-    metrics = json.loads((folder / "metrics.json").read_text())
-    assert "model.cpt: whole" in output
-    assert "last.cpt: whole" in output
-    assert "2 codebooks of 64 codewords of 4 dimensions: 12 bits an image" in output
-    assert f"MAP@20 {metrics['map']:.6f}" in output
-    assert "stands in epoch 2 of 2" in output
-    assert "quantizer.codebooks [2, 64, 4] float32" in output
-    assert "NOT" not in output
-    model = folder / "model.cpt"
-    state = torch.load(model, weights_only=True)
-    state["projection.bias"][0] = torch.nan
-    torch.save(state, model)
-    assert call("inspect_checkpoint", model) == 0
-    output = capsys.readouterr().out
-    assert "NOT FINITE: projection.bias" in output
-    assert "NOT THE SAME MODEL" in output
-    model.write_bytes(model.read_bytes()[:-2000])
-    assert "not a readable" in refused(capsys, "inspect_checkpoint", model)
-    (folder / "last.cpt").write_bytes(b"x")
-    assert "is damaged" in refused(capsys, "inspect_checkpoint", folder / "last.cpt")
-    assert "neither a model.cpt" in refused(capsys, "inspect_checkpoint", ROOT / "docs")
-    stopped = killed_run(tmp_path / "stopped", monkeypatch, step=7)
-    assert call("inspect_checkpoint", stopped / "last.cpt") == 0
-    output = capsys.readouterr().out
-    assert "stands in epoch 0 of 2, 6 steps of it done; not validated yet" in output
-    assert "has not finished" in output
-    with pytest.raises(InputError):
-        checkpoint.load_state(ROOT / "README.md")

@@ -2,47 +2,41 @@
 
 import io
 import json
+import shutil
 import signal
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
-from helpers import ROOT, written_below
-from test_engine import LIVELY, SMALL, args_of, model_of, small_run
-from test_scripts import call, refused
+from helpers import (
+    LIVELY,
+    SMALL,
+    SQUEEZENET,
+    Killed,
+    change_images,
+    config_of,
+    killed_run,
+    method_of,
+    one_level_brighter,
+    small_run,
+    splits_of,
+    write_flickr25k,
+    written_below,
+)
 
 import checkpoint
-import data
 import engine
 import main
 import utils
-from results import Events, Files, write_tensors
-from utils import InputError, Stopped
+from checkpoint import Patience
+from results import Events, Files
+from utils import Stopped, write_tensors
 
 FROZEN = ["--backbone", "squeezenet1_0", "--weights", "random", "--image_size", "32"]
-
-
-class Killed(BaseException):
-    """No code catches it."""
-
-
-def killed_run(output, monkeypatch, *flags, step=8):
-    """A run that ends without any ado before its `step`-th step. Returns its folder."""
-    original, steps = engine.objective, []
-
-    def objective(*arguments):
-        steps.append(0)
-        if len(steps) == step:
-            raise Killed
-        return original(*arguments)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(engine, "objective", objective)
-        with pytest.raises(Killed):
-            main.main([*SMALL, "--save_interval", "2", "--output", str(output), "--notes", "small", *flags])
-    return output / "checkpoints" / "small"
 
 
 def again(output, *flags):
@@ -54,37 +48,36 @@ def again(output, *flags):
 
 @pytest.mark.parametrize("kind", ["soft", "hard", "feature", "none"])
 def test_a_restored_training_is_the_same_in_every_part(kind, tmp_path):
-    args = args_of("--memory", kind, "--queue_begin_epoch", "0", "--optimizer", "Adam") if kind != "none" else args_of()
-    splits = data.load_splits("Digits", "I", 1, tmp_path, limit=60)
-    loader = data.train_loader(splits, args)
+    flags = ["--memory", kind, "--queue_begin_epoch", "0", "--optimizer", "Adam"] if kind != "none" else ["--memory", kind]
+    config = config_of(*flags)
+    loader = engine.build_loader(config, splits_of("Digits", seed=1, limit=60))
     trainings = []
     for _ in range(2):
         torch.manual_seed(5)
-        trainings.append(engine.start(model_of(args), loader, args, tmp_path / "last.cpt", "data"))
+        trainings.append(engine.start(config, method_of(config), loader, tmp_path / "last.cpt", "data"))
     first, second = trainings
-    engine.train_epoch(first, loader, args)
+    engine.train_epoch(first, loader)
     torch.manual_seed(6)
     first.save()
     drawn = torch.rand(3)
-    second.restore(checkpoint.read_state(tmp_path / "last.cpt", args))
+    second.restore(checkpoint.read_state(tmp_path / "last.cpt", config))
     assert torch.equal(torch.rand(3), drawn)
-    for a, b in zip(first.model.state_dict().values(), second.model.state_dict().values(), strict=True):
+    for a, b in zip(first.method.state_dict().values(), second.method.state_dict().values(), strict=True):
         assert torch.equal(a, b)
     assert first.scheduler.get_last_lr() == second.scheduler.get_last_lr()
     assert (second.epoch, second.step, second.sums) == (0, len(loader), first.sums)
-    if first.model.memory:
-        assert torch.equal(first.model.memory.entries(), second.model.memory.entries())
-        assert first.model.memory.next == second.model.memory.next
+    assert (first.method.memory is None) == (kind == "none")
+    if first.method.memory:
+        assert torch.equal(first.method.memory.entries(), second.method.memory.entries())
+        assert first.method.memory.next == second.method.memory.next
+    loader.set_epoch(1)
     for training in trainings:
         training.epoch, training.step, training.sums = 1, 0, {}
-    assert engine.train_epoch(first, loader, args) == engine.train_epoch(second, loader, args)
+    assert engine.train_epoch(first, loader) == engine.train_epoch(second, loader)
 
 
 def test_frozen_weights_are_not_saved_again():
-    args = args_of(
-        "--backbone", "squeezenet1_0", "--weights", "random", "--image_size", "32", "--trainable_layer_num", "1"
-    )
-    names = checkpoint.changing(model_of(args))
+    names = checkpoint.changing(method_of(config_of(*FROZEN, "--trainable_layer_num", "1")))
     assert {name for name in names if name.startswith("backbone.")} == {
         f"backbone.net.features.12.{part}.{kind}"
         for part in ("squeeze", "expand1x1", "expand3x3")
@@ -93,7 +86,7 @@ def test_frozen_weights_are_not_saved_again():
     assert {"projection.weight", "projection.bias", "quantizer.codebooks"} < set(names)
 
 
-def test_resume_begins_where_nothing_is(tmp_path):
+def test_resume_begins_if_nothing_is_there(tmp_path):
     assert again(tmp_path, "--resume") == 0
     assert again(tmp_path, "--resume") == 0  # and has nothing to do now
 
@@ -115,11 +108,65 @@ def test_flags_that_change_the_result_are_refused_and_others_are_not(tmp_path, m
 
 def test_other_images_are_refused(tmp_path, monkeypatch, capsys):
     killed_run(tmp_path, monkeypatch)
-    original = data.load_digits
-    changed = lambda images: data.Images(255 - images.pixels, images.labels)  # noqa: E731
-    monkeypatch.setattr(data, "load_digits", lambda seed: original(seed).each(changed))
+    change_images(monkeypatch, "Digits", lambda images: type(images)(255 - images.pixels, images.labels))
     assert again(tmp_path, "--resume") == 2
     assert "other images, labels or weights" in capsys.readouterr().err
+
+
+def other_labels(images):
+    labels = images.labels.copy()
+    labels[0] = (labels[0] + 1) % 10
+    return replace(images, labels=labels)
+
+
+@pytest.mark.parametrize("change", ["nothing", "labels", "one pixel", "weights"])
+def test_a_run_goes_on_with_the_very_same_data_only(change, weights, tmp_path, monkeypatch, capsys):
+    """The flags are the same before and after; of the weights, the file's name too."""
+    path = tmp_path / "weights.pth"
+    shutil.copy(weights, path)
+    flags = [*SQUEEZENET, "--limit", "100", "--weights", str(path), "--epoch_num", "2"]
+    killed_run(tmp_path, monkeypatch, *flags)
+    if change == "labels":
+        change_images(monkeypatch, "Digits", other_labels)
+    elif change == "one pixel":
+        change_images(monkeypatch, "Digits", one_level_brighter)
+    elif change == "weights":
+        state = torch.load(path, weights_only=True)
+        state["features.3.squeeze.bias"][2] += 1e-6  # of a frozen block, which last.cpt does not hold
+        torch.save(state, path)
+    assert again(tmp_path, *flags, "--resume") == (0 if change == "nothing" else 2)
+    assert ("is of a run on other images, labels or weights" in capsys.readouterr().err) == (change != "nothing")
+
+
+@pytest.mark.parametrize("change", ["nothing", "size", "name", "labels"])
+def test_a_run_goes_on_with_the_very_same_photos_only(change, tmp_path, monkeypatch, capsys):
+    write_flickr25k(tmp_path, 125)
+    images, lists = tmp_path / "datasets" / "Flickr25K" / "mirflickr", tmp_path / "data" / "Flickr25k"
+    flags = ["--dataset", "Flickr25K", "--data_root", str(tmp_path / "datasets"), "--list_root", str(tmp_path / "data")]
+    killed_run(tmp_path, monkeypatch, *flags, step=3)
+    if change == "size":
+        path = images / "im9.jpg"
+        path.write_bytes(path.read_bytes() + b"\0")  # which a decoder passes over
+    elif change == "name":
+        (images / "im9.jpg").rename(images / "other.jpg")
+        (lists / "img.txt").write_text((lists / "img.txt").read_text().replace("im9.jpg", "other.jpg"))
+    elif change == "labels":
+        labels = np.loadtxt(lists / "targets.txt", dtype=int)
+        labels[8, 5] = 1 - labels[8, 5]
+        np.savetxt(lists / "targets.txt", labels, fmt="%d")
+    assert again(tmp_path, *flags, "--resume") == (0 if change == "nothing" else 2)
+    assert ("is of a run on other images, labels or weights" in capsys.readouterr().err) == (change != "nothing")
+
+
+@pytest.mark.parametrize("part", ["train", "query", "database"])
+def test_the_fingerprint_is_of_all_splits(part):
+    backbone = method_of(config_of()).backbone
+    splits = splits_of("Digits", limit=20)
+    before = checkpoint.fingerprint(splits, backbone)
+    assert checkpoint.fingerprint(splits_of("Digits", limit=20), backbone) == before
+    for change in (one_level_brighter, other_labels):
+        changed = replace(splits, **{part: change(getattr(splits, part))})
+        assert checkpoint.fingerprint(changed, backbone) != before
 
 
 @pytest.mark.parametrize("name", ["PR_curve.txt", "metrics.json"])
@@ -147,7 +194,7 @@ def test_only_what_was_saved_is_named(tmp_path, monkeypatch, capsys):
         raise OSError(28, "No space left on device", str(path))
 
     original = engine.save_model
-    monkeypatch.setattr(engine, "save_model", lambda model, path: full(0, path))
+    monkeypatch.setattr(engine, "save_model", lambda method, path: full(0, path))
     assert again(tmp_path) == 1
     error = capsys.readouterr().err
     assert "No space left" in error
@@ -176,6 +223,46 @@ def test_states_that_are_none_are_refused(content, tmp_path, monkeypatch, capsys
     assert again(tmp_path, "--overwrite") == 0
 
 
+@pytest.mark.parametrize("older", [True, False], ids=["as it was written", "but for its number"])
+def test_the_state_of_an_older_version_is_refused_in_one_line(older, tmp_path, monkeypatch, capsys):
+    """Format 1 held the code memory by that name, and a configuration without a method."""
+    folder = killed_run(tmp_path, monkeypatch)
+    last = folder / "last.cpt"
+    state = torch.load(last, weights_only=True)
+    assert state["format"] == checkpoint.FORMAT > 1
+    state["format"] = 1
+    if older:
+        state["memory"] = state.pop("extra")
+        del state["config"]["method"]
+    torch.save(state, last)
+    before = written_below(tmp_path)
+    assert again(tmp_path, "--resume") == 2
+    line = f"error: {last} was written by another version of this program: begin anew with --overwrite\n"
+    assert capsys.readouterr().err == line
+    assert written_below(tmp_path) == before
+    assert torch.load(last, weights_only=True)["format"] == 1
+
+
+@pytest.mark.parametrize("name", ["model", "optimizer", "extra"])
+def test_a_state_with_a_changed_number_is_refused(name, tmp_path, monkeypatch, capsys):
+    """A single bit of a tensor, which only the checksums in the file can tell."""
+    folder = killed_run(tmp_path, monkeypatch)
+    last = folder / "last.cpt"
+    state = torch.load(last, weights_only=True)
+    tensor = {
+        "model": lambda: state["model"]["projection.weight"],
+        "optimizer": lambda: state["optimizer"]["state"][0]["momentum_buffer"],
+        "extra": lambda: state["extra"]["codes"],
+    }[name]()
+    content, sought = last.read_bytes(), tensor.numpy().tobytes()[:64]
+    assert content.count(sought) == 1
+    at = content.index(sought) + 8
+    last.write_bytes(content[:at] + bytes([content[at] ^ 1]) + content[at + 1 :])
+    torch.load(last, weights_only=True)  # PyTorch does not mind
+    assert again(tmp_path, "--resume") == 2
+    assert f"{last} is damaged" in capsys.readouterr().err
+
+
 # ---------------------------------------------------------------- a run that is there
 
 
@@ -193,9 +280,50 @@ def test_a_run_is_replaced_on_demand_only(tmp_path, monkeypatch, capsys):
     assert again(tmp_path, "--overwrite", "--seed", "9", "--epoch_num", "1") == 0
     assert json.loads((folder / "metrics.json").read_text())["seed"] == 9
     log = (tmp_path / "logs" / "small.log").read_text()
-    assert '"seed": 9' in log
-    assert '"seed": 2021' not in log
+    assert "--seed 9\n" in log
+    assert "--seed 2021" not in log
     assert len(list((tmp_path / "logs" / "small").iterdir())) == 1
+
+
+def test_finished_runs_are_skipped_and_others_protected(finished, tmp_path, capsys, monkeypatch):
+    shutil.copytree(finished, tmp_path, dirs_exist_ok=True)
+    metrics = tmp_path / "checkpoints" / "small" / "metrics.json"
+    before = metrics.read_bytes()
+    flags = [*SMALL, *LIVELY, "--output", str(tmp_path), "--notes", "small", "--resume"]
+    assert main.main([*flags, "--num_workers", "1"]) == 0
+    assert "is finished: nothing to do" in capsys.readouterr().out
+    assert main.main([*flags, "--seed", "7", "--pairing", "all"]) == 2
+    assert "holds a run with seed=2021, pairing=own: give this one another" in capsys.readouterr().err
+    assert metrics.read_bytes() == before
+    model = metrics.with_name("model.cpt")
+    weights = model.read_bytes()
+    model.write_bytes(weights + b" ")  # as if another run had been killed after its first epoch
+    monkeypatch.setattr(engine, "run", lambda *a: print("it runs"))
+    assert main.main(flags) == 0
+    assert "it runs" in capsys.readouterr().out
+    model.write_bytes(weights)
+    monkeypatch.undo()
+    assert main.main([*flags, "--data_root", "elsewhere"]) == 0
+    assert main.main([*flags, "--weights", "random", "--backbone", "resnet18", "--image_size", "32"]) == 2
+    capsys.readouterr()
+    metrics.write_text("{}")
+    assert main.main(flags) == 2
+    assert "is not the metrics.json of a run" in capsys.readouterr().err
+    metrics.unlink()
+    assert main.main(flags) == 0  # tested again
+    assert json.loads(metrics.read_text())["map"] == json.loads(before)["map"]
+
+
+def test_a_finished_run_of_an_older_version_is_skipped(finished, tmp_path, capsys):
+    """Its configuration does not name what was the only method, and holds a flag that is gone."""
+    shutil.copytree(finished, tmp_path, dirs_exist_ok=True)
+    path = tmp_path / "checkpoints" / "small" / "metrics.json"
+    metrics = json.loads(path.read_text())
+    del metrics["config"]["method"]
+    path.write_text(json.dumps(metrics | {"config": metrics["config"] | {"dry_run": False}}))
+    flags = [*SMALL, *LIVELY, "--output", str(tmp_path), "--notes", "small", "--resume"]
+    assert main.main(flags) == 0
+    assert "is finished: nothing to do" in capsys.readouterr().out
 
 
 def test_what_failed_before_it_began_is_no_run(tmp_path, capsys):
@@ -220,6 +348,29 @@ def test_two_processes_do_not_share_a_run(tmp_path, capsys):
         other.kill()
         other.wait()
     assert again(tmp_path) == 0
+
+
+# ---------------------------------------------------------------- patience
+
+
+def test_patience_counts_values_that_are_not_better():
+    patience = Patience(2)
+    assert [patience.improved(v) for v in (0.1, 0.1, 0.2, 0.2)] == [True, False, True, False]
+    assert not patience.exhausted
+    assert not patience.improved(0.15)
+    assert patience.exhausted
+    assert patience.best == 0.2
+
+
+def test_patience_matches_a_published_run():
+    """A public log ends 10 evaluations after its best: 45 epochs, best at epoch 34."""
+    patience = Patience(10)
+    values = [0.5 + 0.001 * min(epoch, 34) for epoch in range(50)]
+    epochs_run = 0
+    while not patience.exhausted:
+        patience.improved(values[epochs_run])
+        epochs_run += 1
+    assert epochs_run == 45
 
 
 # ---------------------------------------------------------------- signals
@@ -268,7 +419,7 @@ def test_a_signal_while_validating_saves_the_epoch(tmp_path, monkeypatch):
     assert sum("stopped by SIGTERM" in line for line in lines) == 1
 
 
-def test_a_signal_at_the_end_of_an_epoch_saves_it_even_where_that_is_dear(tmp_path, monkeypatch):
+def test_a_signal_at_the_end_of_an_epoch_saves_it_even_if_that_is_dear(tmp_path, monkeypatch):
     monkeypatch.setattr(checkpoint, "SHARE", 0)
     original = engine.LOG.info
 
@@ -294,11 +445,10 @@ class Changing(io.BytesIO):
 
 
 def test_states_are_saved_as_often_as_time_allows(tmp_path, monkeypatch):
-    args = args_of()
-    training = engine.start(model_of(args), [0] * 7, args, tmp_path / "last.cpt", "data")
-    monkeypatch.setattr(
-        checkpoint, "write_tensors", lambda state, path: (clock.append(clock[-1] + 1), saved.append(state))
-    )
+    config = config_of()
+    training = engine.start(config, method_of(config), [0] * 7, tmp_path / "last.cpt", "data")
+    write = lambda state, path: (clock.append(clock[-1] + 1), saved.append(state))  # noqa: E731
+    monkeypatch.setattr(checkpoint, "write_tensors", write)
     clock, saved = [training.began], []
     monkeypatch.setattr(checkpoint.time, "perf_counter", lambda: clock[-1])
     for _ in range(200):
@@ -306,7 +456,7 @@ def test_states_are_saved_as_often_as_time_allows(tmp_path, monkeypatch):
         training.save(if_cheap=True)
     assert 2 <= len(saved) <= 6
     training.save()
-    training.epoch = args.epoch_num
+    training.epoch = config.epoch_num
     training.save(if_cheap=True)  # the last one always
     assert [state["epoch"] for state in saved[-3:]] == [0, 0, 2]
 
@@ -315,15 +465,15 @@ def test_a_file_that_does_not_read_back_is_not_taken(tmp_path, monkeypatch):
     path = tmp_path / "x.cpt"
     write_tensors({"a": torch.ones(3)}, path)
     before = path.read_bytes()
-    monkeypatch.setattr("results.torch.save", lambda content, buffer: buffer.write(b"abc"))
-    monkeypatch.setattr("results.io.BytesIO", Changing)
+    monkeypatch.setattr("torch.save", lambda content, buffer: buffer.write(b"abc"))
+    monkeypatch.setattr("utils.io.BytesIO", Changing)
     with pytest.raises(OSError, match="does not read back"):
         write_tensors({"a": torch.zeros(3)}, path)
     assert path.read_bytes() == before
     assert written_below(tmp_path) == ["x.cpt"]
 
 
-def test_a_log_that_can_not_be_written_stops_nothing(tmp_path, capsys):
+def test_a_log_that_cannot_be_written_stops_nothing(tmp_path, capsys):
     full = tmp_path / "full.log"
     full.symlink_to("/dev/full")
     with utils.logging_to(full):
@@ -336,7 +486,7 @@ def test_a_log_that_can_not_be_written_stops_nothing(tmp_path, capsys):
     assert "Traceback" not in output.err
 
 
-def test_tensorboard_that_can_not_be_written_stops_nothing(tmp_path, monkeypatch):
+def test_tensorboard_that_cannot_be_written_stops_nothing(tmp_path, monkeypatch):
     said = []
     monkeypatch.setattr(utils.LOG, "warning", lambda *words: said.append(words))
 
@@ -350,41 +500,3 @@ def test_tensorboard_that_can_not_be_written_stops_nothing(tmp_path, monkeypatch
         events.flush()
     assert len(said) == 1
     assert "going on without them" in said[0][0]
-
-
-# ---------------------------------------------------------------- inspect_checkpoint.py
-
-
-def test_inspect_checkpoint(tmp_path, capsys, monkeypatch):
-    folder = small_run(tmp_path, *LIVELY)
-    capsys.readouterr()
-    assert call("inspect_checkpoint", folder) == 0
-    output = capsys.readouterr().out
-    metrics = json.loads((folder / "metrics.json").read_text())
-    assert "model.cpt: whole" in output
-    assert "last.cpt: whole" in output
-    assert "2 codebooks of 64 codewords of 4 dimensions: 12 bits an image" in output
-    assert f"MAP@20 {metrics['map']:.6f}" in output
-    assert "stands in epoch 2 of 2" in output
-    assert "quantizer.codebooks [2, 64, 4] float32" in output
-    assert "NOT" not in output
-    model = folder / "model.cpt"
-    state = torch.load(model, weights_only=True)
-    state["projection.bias"][0] = torch.nan
-    torch.save(state, model)
-    assert call("inspect_checkpoint", model) == 0
-    output = capsys.readouterr().out
-    assert "NOT FINITE: projection.bias" in output
-    assert "NOT THE SAME MODEL" in output
-    model.write_bytes(model.read_bytes()[:-2000])
-    assert "not a readable" in refused(capsys, "inspect_checkpoint", model)
-    (folder / "last.cpt").write_bytes(b"x")
-    assert "is damaged" in refused(capsys, "inspect_checkpoint", folder / "last.cpt")
-    assert "neither a model.cpt" in refused(capsys, "inspect_checkpoint", ROOT / "docs")
-    stopped = killed_run(tmp_path / "stopped", monkeypatch, step=7)
-    assert call("inspect_checkpoint", stopped / "last.cpt") == 0
-    output = capsys.readouterr().out
-    assert "stands in epoch 0 of 2, 6 steps of it done; not validated yet" in output
-    assert "has not finished" in output
-    with pytest.raises(InputError):
-        checkpoint.load_state(ROOT / "README.md")

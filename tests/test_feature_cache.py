@@ -5,58 +5,48 @@ import os
 import signal
 import subprocess
 import sys
-import time
+from argparse import Namespace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from test_engine import SMALL, args_of, small_run
+from helpers import (
+    ROOT,
+    SMALL,
+    SQUEEZENET,
+    change_images,
+    config_of,
+    features_of,
+    one_level_brighter,
+    small_run,
+    wait_for,
+    write_flickr25k,
+)
 
-import data
+import engine
 import feature_cache
 import main
-from methods.mecoq import build_backbone
+import transforms
+from config import parse
+from feature_cache import Computed
+from methods.backbones import build_backbone
 from utils import InputError
-
-FROZEN = [
-    "--backbone",
-    "squeezenet1_0",
-    "--image_size",
-    "32",
-    "--limit",
-    "45",
-    "--epoch_num",
-    "1",
-    "--optimizer",
-    "Adam",
-]
-ROOT = Path(__file__).resolve().parent.parent
-
-
-@pytest.fixture(scope="module")
-def weights(tmp_path_factory):
-    """Random weights, wide enough that features differ from image to image."""
-    torch.manual_seed(0)
-    net = build_backbone("squeezenet1_0", "random", 0, False).net
-    path = tmp_path_factory.mktemp("weights") / "weights.pth"
-    torch.save({k: v * (1.5 if k.endswith("weight") else 1) for k, v in net.state_dict().items()}, path)
-    return str(path)
 
 
 def written(folder):
     return {path: (path.stat().st_mtime_ns, path.stat().st_size) for path in Path(folder).rglob("*")}
 
 
-def frozen_args(weights, *flags):
-    return args_of(*FROZEN, "--weights", weights, *flags)
+def frozen_config(weights, *flags):
+    return config_of(*SQUEEZENET, "--weights", weights, *flags)
 
 
-def known(args):
-    splits, model = main.build(args)
-    model.eval()
-    sources = feature_cache.test_features(model.backbone, splits, args)
-    return {name: torch.cat([batch.float() for batch in source]) for name, source in sources.items()}
+def values_of(config):
+    """split -> the features of its test images, as a run with this configuration gets them."""
+    splits, method = engine.build(config)
+    parts = features_of(config, method, splits)
+    return {name: torch.cat([batch.float() for batch in part]) for name, part in parts.items()}
 
 
 # ---------------------------------------------------------------- the values
@@ -65,7 +55,7 @@ def known(args):
 @pytest.mark.parametrize("precision", ["bf16", "fp32"])
 @pytest.mark.parametrize("trained", ["0", "2"])
 def test_a_run_gives_the_same_codes_with_and_without(trained, precision, weights, tmp_path):
-    flags = [*FROZEN, "--weights", weights, "--precision", precision, "--trainable_layer_num", trained]
+    flags = [*SQUEEZENET, "--weights", weights, "--precision", precision, "--trainable_layer_num", trained]
     flags += ["--M", "16", "--K", "256", "--feat_dim", "64"]
     folders = {
         name: small_run(tmp_path, *flags, "--feature_cache", cache, notes=name)
@@ -82,10 +72,9 @@ def test_a_run_gives_the_same_codes_with_and_without(trained, precision, weights
 
 def test_features_do_not_depend_on_neighbours(weights, tmp_path):
     """Cached rows were computed in another order and in other company than a split's."""
-    args = frozen_args(weights, "--limit", "70")
-    computed = known(args)
-    args.feature_cache = str(tmp_path)
-    cached = known(args)
+    config = frozen_config(weights, "--limit", "70")
+    computed = values_of(config)
+    cached = values_of(config.replace(feature_cache=str(tmp_path)))
     for name, values in computed.items():
         assert torch.equal(cached[name], values)
         assert len(np.unique(values.numpy(), axis=0)) == 70
@@ -93,20 +82,18 @@ def test_features_do_not_depend_on_neighbours(weights, tmp_path):
 
 def test_real_codes_are_the_same_to_the_last_bit(real_cifar10_root, real_data, tmp_path):
     weights = real_data / "real" / "squeezenet1_0_imagenet_fp16.pth"
-    args = main.resolve(
-        main.build_parser().parse_args(
-            ["--dataset", "CIFAR10", "--protocol", "II", "--data_root", str(real_cifar10_root), "--limit", "500",
-             "--backbone", "squeezenet1_0", "--weights", str(weights), "--image_size", "128", "--feature_cache", "off"]
-        )
+    config = parse(
+        ["--dataset", "CIFAR10", "--protocol", "II", "--data_root", str(real_cifar10_root), "--limit", "500",
+         "--backbone", "squeezenet1_0", "--weights", str(weights), "--image_size", "128", "--feature_cache", "off"]
     )  # fmt: skip
-    computed = known(args)
-    args.feature_cache = str(tmp_path)
+    computed = values_of(config)
     for _ in range(2):
-        assert all(torch.equal(values, computed[name]) for name, values in known(args).items())
+        cached = values_of(config.replace(feature_cache=str(tmp_path)))
+        assert all(torch.equal(values, computed[name]) for name, values in cached.items())
 
 
 def test_what_is_kept_is_what_enters_the_first_trained_layer():
-    """VGG16: fc7's output where nothing is trained, else the convolutions', whether fc6 is trained or not."""
+    """VGG16: fc7's output if nothing is trained, else the convolutions', whether fc6 is trained or not."""
     with torch.device("meta"):
         for trained, size in ((0, 4096), (1, 25088), (2, 25088)):
             backbone = build_backbone("vgg16", "random", trained, bf16=False).eval()
@@ -118,11 +105,11 @@ def test_what_is_kept_is_what_enters_the_first_trained_layer():
 
 
 def test_numbers_beyond_half_precision_are_cut_off(weights):
-    args = frozen_args(weights)
-    splits, model = main.build(args)
-    model.eval()
-    model.backbone.net.features[12].expand3x3.weight.data *= 1e9
-    for batch in feature_cache.Computed(model.backbone, splits.query, args):
+    config = frozen_config(weights)
+    splits, method = engine.build(config)
+    method.eval()
+    method.backbone.net.features[12].expand3x3.weight.data *= 1e9
+    for batch in Computed(method.backbone, splits.query, engine.preprocessing(config)):
         assert batch.isfinite().all()
         assert batch.max() == torch.finfo(torch.float16).max
 
@@ -132,7 +119,7 @@ def test_numbers_beyond_half_precision_are_cut_off(weights):
 
 def test_runs_of_all_lengths_recipes_and_seeds_share_a_cache_that_they_do_not_touch(weights, tmp_path):
     cache = tmp_path / "cache"
-    flags = [*FROZEN, "--limit", "2000", "--weights", weights, "--epoch_num", "0", "--feature_cache", str(cache)]
+    flags = [*SQUEEZENET, "--limit", "2000", "--weights", weights, "--epoch_num", "0", "--feature_cache", str(cache)]
     small_run(tmp_path, *flags)
     before = written(cache)
     assert len(list(cache.iterdir())) == 1
@@ -143,10 +130,10 @@ def test_runs_of_all_lengths_recipes_and_seeds_share_a_cache_that_they_do_not_to
     assert written(cache) == before
 
 
-def folder_of(cache, args):
-    """The folder that a run with these flags takes its features from."""
+def folders_of(cache, config):
+    """The folders of the cache before and after a run with this configuration has taken its features."""
     before = set(cache.iterdir()) if cache.exists() else set()
-    known(args)
+    values_of(config)
     return before, set(cache.iterdir())
 
 
@@ -164,14 +151,9 @@ def folder_of(cache, args):
 def test_each_thing_that_values_depend_on_makes_another_cache(change, weights, tmp_path, monkeypatch):
     cache = tmp_path / "cache"
     flags = ["--feature_cache", str(cache)]
-    known(frozen_args(weights, *flags))
+    values_of(frozen_config(weights, *flags))
     if change == "pixels":
-        original = data.load_digits
-
-        def one_level(images):
-            return data.Images(images.pixels ^ np.array(1, dtype=np.uint8), images.labels)
-
-        monkeypatch.setattr(data, "load_digits", lambda seed: original(seed).each(one_level))
+        change_images(monkeypatch, "Digits", one_level_brighter)
     elif change == "weights":
         state = torch.load(weights, weights_only=True)
         state["features.0.bias"][3] += 1e-6
@@ -180,42 +162,45 @@ def test_each_thing_that_values_depend_on_makes_another_cache(change, weights, t
     elif change == "versions":
         monkeypatch.setattr(torch, "__version__", "9.9")
     elif change == "device":
-        monkeypatch.setattr(feature_cache, "device_name", lambda device: "another processor")
+        monkeypatch.setattr(feature_cache, "processor_name", lambda device: "another processor")
     elif change == "format":
         monkeypatch.setattr(feature_cache, "FORMAT", 0)
     else:
         flags += change
-    args = frozen_args(weights, *flags)
-    before, after = folder_of(cache, args)
+    config = frozen_config(weights, *flags)
+    before, after = folders_of(cache, config)
     assert len(before) == 1
     assert len(after) == 2
-    args.feature_cache = "off"
-    off = known(args)
-    args.feature_cache = str(cache)
-    assert all(torch.equal(values, off[name]) for name, values in known(args).items())
+    off = values_of(config.replace(feature_cache="off"))
+    assert all(torch.equal(values, off[name]) for name, values in values_of(config).items())
 
 
-@pytest.mark.parametrize("change", ["time", "size", "transform"])
-def test_photos_that_changed_make_another_cache(change, photo_root, tmp_path, monkeypatch, weights):
-    from conftest import write_flickr25k
-
+@pytest.mark.parametrize("change", ["nothing", "time", "size", "transform"])
+def test_photos_that_changed_make_another_cache(change, tmp_path, monkeypatch, weights):
+    """The flags are the same before and after: but for the change, the cache would be taken."""
     write_flickr25k(tmp_path, 50)
-    roots = ["--data_root", str(tmp_path / "datasets"), "--list_root", str(tmp_path / "data")]
     cache = tmp_path / "cache"
-    flags = [*roots, "--dataset", "Flickr25K", "--feature_cache", str(cache), "--num_workers", "0"]
-    known(frozen_args(weights, *flags))
+    config = frozen_config(
+        weights, "--dataset", "Flickr25K", "--data_root", str(tmp_path / "datasets"), "--list_root",
+        str(tmp_path / "data"), "--feature_cache", str(cache), "--limit", "1000",
+    )  # fmt: skip
+    values_of(config)
     path = tmp_path / "datasets" / "Flickr25K" / "mirflickr" / "im7.jpg"
+    stat = path.stat()
     if change == "time":
-        os.utime(path, ns=(1, 1))
+        os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns + 1))
     elif change == "size":
-        stat = path.stat()
         path.write_bytes(path.read_bytes() + b"\0")
         os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns))
-    else:
-        original = data.photo_transform
-        monkeypatch.setattr(data, "photo_transform", lambda size: data.T.Compose(original(size).transforms[1:]))
-    before, after = folder_of(cache, frozen_args(weights, *flags, "--limit", "1000"))
-    assert len(after - before) == 1
+    elif change == "transform":
+        original = transforms.photo_transform
+        changed = lambda size: transforms.transforms.Compose(original(size).transforms[1:])  # noqa: E731
+        monkeypatch.setattr(transforms, "photo_transform", changed)
+    before, after = folders_of(cache, config)
+    assert len(before) == 1
+    assert len(after - before) == (0 if change == "nothing" else 1)
+    off = values_of(config.replace(feature_cache="off"))
+    assert all(torch.equal(values, off[name]) for name, values in values_of(config).items())
 
 
 def truncated(folder):
@@ -243,12 +228,12 @@ def one_bit(folder):
     ],
 )
 def test_a_damaged_cache_is_made_anew(damage, weights, tmp_path):
-    args = frozen_args(weights, "--feature_cache", str(tmp_path))
-    expected = known(args)
+    config = frozen_config(weights, "--feature_cache", str(tmp_path))
+    expected = values_of(config)
     folder = next(tmp_path.iterdir())
     whole = {name: (folder / name).read_bytes() for name in ("features.npy", "key.json")}
     damage(folder)
-    assert all(torch.equal(values, expected[name]) for name, values in known(args).items())
+    assert all(torch.equal(values, expected[name]) for name, values in values_of(config).items())
     assert whole == {name: (folder / name).read_bytes() for name in whole}
 
 
@@ -257,13 +242,13 @@ def test_a_damaged_cache_is_made_anew(damage, weights, tmp_path):
 SLOW = """
 import sys, time
 sys.path.insert(0, {root!r})
-import data, main
-original = data.test_batches
+import loaders, main
+original = loaders.test_batches
 def slow(*arguments):
     for batch in original(*arguments):
         yield batch
         time.sleep({pause})
-data.test_batches = slow
+loaders.test_batches = slow
 sys.exit(main.main(sys.argv[1:]))
 """
 
@@ -275,49 +260,48 @@ def start(pause, *flags):
 
 def test_killed_while_writing(weights, tmp_path):
     cache = tmp_path / "cache"
-    flags = [*SMALL, *FROZEN, "--limit", "200", "--weights", weights, "--epoch_num", "0", "--output", str(tmp_path)]
-    process = start(30, *flags, "--feature_cache", str(cache))
-    deadline = time.monotonic() + 60
-    while not list(cache.glob("*/.features.npy.tmp")) and time.monotonic() < deadline:
-        time.sleep(0.05)
-    time.sleep(0.3)
+    flags = [*SQUEEZENET, "--limit", "200", "--weights", weights, "--epoch_num", "0"]
+    process = start(30, *SMALL, *flags, "--output", str(tmp_path), "--feature_cache", str(cache))
+    # half of the features are there as soon as the first batch is
+    wait_for(lambda: any(path.stat().st_size > 1024 for path in cache.glob("*/.features.npy.tmp")))
     process.send_signal(signal.SIGKILL)
     process.communicate()
     assert process.returncode == -signal.SIGKILL
     assert list(cache.glob("*/.features.npy.tmp"))
     assert not list(cache.glob("*/key.json"))
-    args = frozen_args(weights, "--limit", "200")
-    expected = known(args)
-    args.feature_cache = str(cache)
-    assert all(torch.equal(values, expected[name]) for name, values in known(args).items())
+    config = frozen_config(weights, "--limit", "200")
+    expected = values_of(config)
+    cached = values_of(config.replace(feature_cache=str(cache)))
+    assert all(torch.equal(values, expected[name]) for name, values in cached.items())
     assert not list(cache.glob("*/.features.npy.tmp"))
 
 
 def test_two_processes_at_once_fill_one_cache(weights, tmp_path):
-    cache = tmp_path / "cache"
-    flags = [*SMALL, *FROZEN, "--limit", "200", "--weights", weights, "--epoch_num", "0", "--feature_cache", str(cache)]
-    processes = [start(0.5, *flags, "--output", str(tmp_path), "--notes", name) for name in ("a", "b")]
+    flags = [*SQUEEZENET, "--limit", "200", "--weights", weights, "--epoch_num", "0"]
+    cached = ["--feature_cache", str(tmp_path / "cache"), "--output", str(tmp_path)]
+    processes = [start(0.5, *SMALL, *flags, *cached, "--notes", name) for name in ("a", "b")]
     outputs = [process.communicate(timeout=120)[0].decode() for process in processes]
     assert [process.returncode for process in processes] == [0, 0], outputs
     assert sum("waiting for another process" in output for output in outputs) == 1
     assert sum("computing the features" in output for output in outputs) == 1
-    small_run(tmp_path, *FROZEN, "--limit", "200", "--weights", weights, "--epoch_num", "0", notes="off")
+    small_run(tmp_path, *flags, notes="off")
     codes = [np.load(tmp_path / "checkpoints" / name / "db_codes.npy") for name in ("off", "a", "b")]
     np.testing.assert_array_equal(codes[1], codes[0])
     np.testing.assert_array_equal(codes[2], codes[0])
 
 
-def test_too_little_room_is_said_before_anything_is_computed(weights, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(feature_cache.shutil, "disk_usage", lambda path: main.argparse.Namespace(free=2**20))
-    flags = [*SMALL, *FROZEN, "--weights", weights, "--output", str(tmp_path), "--feature_cache", str(tmp_path / "c")]
-    assert main.main(flags) == 2
+def test_a_disk_that_is_too_small_is_named_before_anything_is_computed(weights, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(feature_cache.shutil, "disk_usage", lambda path: Namespace(free=2**20))
+    cache = tmp_path / "cache"
+    flags = [*SQUEEZENET, "--weights", weights, "--output", str(tmp_path), "--feature_cache", str(cache)]
+    assert main.main([*SMALL, *flags]) == 2
     error = capsys.readouterr().err
     assert "need 0.00 GB" in error
     assert "--feature_cache DIR" in error
-    assert not list((tmp_path / "c").glob("*/*features*"))
+    assert not list(cache.glob("*/*features*"))
 
 
-def test_a_cache_that_can_not_be_written_is_said_in_one_line(weights, tmp_path):
+def test_a_cache_that_cannot_be_written_is_said_in_one_line(weights, tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(InputError, match="cannot write to"):
-        known(frozen_args(weights, "--feature_cache", str(tmp_path / "file")))
+        values_of(frozen_config(weights, "--feature_cache", str(tmp_path / "file")))

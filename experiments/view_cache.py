@@ -45,7 +45,7 @@ def cache_key(configuration: Config, fingerprint: str) -> dict[str, object]:
 
 
 class ViewCache:
-    """The features of the views of several epochs in a folder: `epoch000.npy` ... `[2, n, F]` float32, both views of the
+    """The features of several epochs' views in a folder: `epoch000.npy` ... `[2, n, F]` float32, both views of the
     training images in the order in which that epoch takes them, and beside each a JSON file with its SHA-256 and shape.
 
     Args:

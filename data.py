@@ -25,7 +25,7 @@ CIFAR10_CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog
 
 @dataclass(frozen=True)
 class Source:
-    """What to load, and from where: `data_root` holds the images, `list_root` the split lists. `download`: fetch
+    """What to load: `data_root` holds the images, `list_root` the split lists. `download`: fetch
     CIFAR-10 if it is not there."""
 
     dataset: str

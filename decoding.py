@@ -55,16 +55,16 @@ class EncodedImage:
             pixels = _decoded_by_opencv(self.content, scale)
             if pixels is not None and pixels.shape == (-(-self.size[1] // scale), -(-self.size[0] // scale), 3):
                 return pixels
-        return self.decoded_by_pillow(least)
+        return np.array(self.by_pillow(least))
 
-    def decoded_by_pillow(self, least: tuple[int, int] | None = None) -> np.ndarray:
-        """The same, of any kind of image. Raises nearly anything if it is damaged."""
+    def by_pillow(self, least: tuple[int, int] | None = None) -> Image.Image:
+        """The same as a picture, of any kind of image, by Pillow alone. Raises nearly anything if it is damaged."""
         if least:
             self.header.draft("RGB", least)
-        image = self.header
-        if image.mode.startswith("I"):  # 16 bits: Pillow would clip them to black and white
-            image = Image.fromarray((np.asarray(image).clip(0, 65535) >> 8).astype(np.uint8))
-        return np.array(image.convert("RGB"))
+        if self.header.mode.startswith("I"):  # 16 bits: Pillow would clip them to black and white
+            high = np.asarray(self.header).clip(0, 65535) >> 8
+            return Image.fromarray(high.astype(np.uint8)).convert("RGB")
+        return self.header.convert("RGB")
 
     def scale(self, least: tuple[int, int]) -> int:
         """The reduction that Pillow's draft mode picks: 1, 2, 4 or 8."""

@@ -20,7 +20,8 @@ from decoding import EncodedImage, NotRegularFileError, image_fault, large_image
 from utils import InputError, RunError, atomic_write, check_writable, one_line, progress_bar
 
 FLICKR25K_CONCEPTS, NUSWIDE_CONCEPTS = 24, 21
-MOST_TEXT = 2**28  # bytes of annotations: several times those of NUS-WIDE, and no memory is filled by an archive
+MOST_TEXT = 2**28  # bytes of annotations: several times those of NUS-WIDE; an archive that has more is a bomb
+PIECE = 2**20  # bytes
 CHECKED_AT_ONCE = 64  # image files per task of a thread
 
 
@@ -95,8 +96,9 @@ class ImageFiles:
             raise RunError(f"{path} became unreadable during the run ({one_line(error)})") from error
 
     def picture(self, index: int) -> Image.Image:
+        """The whole image as Pillow has it: a copy of OpenCV's array would take longer than decoding by Pillow does."""
         with self.opened(index) as image:
-            return Image.fromarray(image.decoded())
+            return image.by_pillow()
 
     def subset(self, indices: np.ndarray) -> "ImageFiles":
         return ImageFiles(self.root, self.names[indices], self.labels[indices])
@@ -305,11 +307,13 @@ def read_texts(source: Path, pattern: str) -> dict[str, str]:
         with _text_files(source) as files:
             for name in filter(wanted.fullmatch, sorted(files)):
                 place = f"{source}, {name}"
+                content = bytearray()
                 with files[name]() as file:
-                    content = file.read(left + 1)  # what an archive says of its sizes may be a lie
-                left -= len(content)
-                if left < 0:
-                    raise InputError(f"{place}: more than {MOST_TEXT >> 20} MiB of text, too much for annotations")
+                    while piece := file.read(PIECE):  # what an archive says of its sizes may be a lie
+                        content += piece
+                        left -= len(piece)
+                        if left < 0:
+                            raise InputError(f"{place}: more than {MOST_TEXT >> 20} MiB of text, no annotations")
                 contents[PurePosixPath(name).name] = content.decode("utf-8")
         return contents
     except InputError:
@@ -325,7 +329,7 @@ def read_texts(source: Path, pattern: str) -> dict[str, str]:
 def claim_folder(folder: Path, names: list[str]) -> None:
     """Make the folder that lists of these names will go to. Raises InputError if none could be written."""
     if any((folder / name).is_dir() for name in names):
-        raise InputError(f"{folder}: a folder stands where a list should go")
+        raise InputError(f"{folder}: a folder is in the way of a list")
     check_writable(folder)
 
 

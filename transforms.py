@@ -244,7 +244,7 @@ def on_device(values: tuple[float, ...], device: torch.device) -> Tensor:
 
 def resize_weights(start: Tensor, length: Tensor, n: int, size: int) -> Tensor:
     """What each of n source pixels contributes to each of `size` pixels, when those from `start` on, `length` of them,
-    are resized: `[B, size, n]`, bilinear, and averaging where they shrink, as Pillow does.
+    are resized: `[B, size, n]`, bilinear, and averaging if they shrink, as Pillow does.
 
     Args:
         start, length: `[B]`, in pixels.

@@ -135,7 +135,6 @@ def for_gallery(configuration: Config, checkpoint: Path, own: Namespace) -> Conf
     values |= {"test_only": True, "checkpoint": str(checkpoint), "download_cifar10": False}
     values |= {"memory": "none", "queue_begin_epoch": -1}  # of training only
     config.check(values)
-    METHODS[values["method"]].resolve(values)
     return Config(values)
 
 

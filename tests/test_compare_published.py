@@ -88,15 +88,17 @@ def test_results_that_cannot_be_compared_are_named(name, content, words, tmp_pat
 
 def test_runs_of_an_earlier_version_are_read(tmp_path):
     """A flag that a run does not have was at its default."""
-    write_metrics(tmp_path, "a", 0.64, CIFAR_II_32)
-    path = tmp_path / "checkpoints" / "a" / "metrics.json"
-    metrics = json.loads(path.read_text())
-    for flag in ("method", "normalize_query", "alpha"):
-        del metrics["config"][flag]
-    path.write_text(json.dumps(metrics))
+    for notes, missing in (("a", ("method", "normalize_query", "alpha")), ("b", ("T",))):
+        write_metrics(tmp_path, notes, 0.64, CIFAR_II_32)
+        path = tmp_path / "checkpoints" / notes / "metrics.json"
+        metrics = json.loads(path.read_text())
+        for flag in missing:
+            del metrics["config"][flag]
+        path.write_text(json.dumps(metrics))
     assert call("compare_published", "--output", tmp_path) == 0
     with (tmp_path / "checkpoints" / "compare_published.csv").open() as file:
-        assert [row["setting"] for row in csv.DictReader(file) if row["setting"]] == ["paper"]
+        settings = [row["setting"] for row in csv.DictReader(file) if row["setting"]]
+    assert settings == ["paper", "paper, T=0.1"]
 
 
 def test_compare_published_reads_the_tables(tmp_path, capsys):

@@ -182,28 +182,28 @@ def nuswide(tmp_path):
     generator = np.random.default_rng(5)
     concepts = [f"concept{i:02d}" for i in range(30)]
     labels = generator.random((400, 30)) < np.linspace(0.02, 0.2, 30)[generator.permutation(30)]
-    ground, images = tmp_path / "Groundtruth", tmp_path / "ImageList"
-    for folder in (ground / "AllLabels", ground / "TrainTestLabels", images):
+    truths, images = tmp_path / "Groundtruth", tmp_path / "ImageList"
+    for folder in (truths / "AllLabels", truths / "TrainTestLabels", images):
         folder.mkdir(parents=True)
     for column, concept in enumerate(concepts):
-        (ground / "AllLabels" / f"Labels_{concept}.txt").write_text("".join(f"{x:d}\n" for x in labels[:, column]))
-        (ground / "TrainTestLabels" / f"Labels_{concept}_Train.txt").write_text("1\n")
+        (truths / "AllLabels" / f"Labels_{concept}.txt").write_text("".join(f"{x:d}\n" for x in labels[:, column]))
+        (truths / "TrainTestLabels" / f"Labels_{concept}_Train.txt").write_text("1\n")
     names = [f"actor\\{i:04d}_{i * 7}.jpg" for i in range(400)]
     (images / "Imagelist.txt").write_text("\r\n".join(names) + "\r\n")
     (images / "TrainImagelist.txt").write_text(names[0])
     order = sorted(range(30), key=lambda i: (-labels[:, i].sum(), concepts[i]))[:21]
     frequent = sorted(order, key=lambda i: concepts[i])
     truth = {name.replace("\\", "/"): labels[i, frequent] for i, name in enumerate(names)}
-    return ground, images, [concepts[i] for i in frequent], truth
+    return truths, images, [concepts[i] for i in frequent], truth
 
 
 @pytest.mark.parametrize("kind", ["folder", "zip"])
 def test_nuswide_lists_keep_the_frequent_concepts(kind, nuswide, tmp_path):
-    ground, images, concepts, truth = nuswide
+    truths, images, concepts, truth = nuswide
     if kind == "zip":
-        ground, images = zipped(ground, tmp_path / "Groundtruth.zip"), zipped(images, tmp_path / "ImageList.zip")
+        truths, images = zipped(truths, tmp_path / "Groundtruth.zip"), zipped(images, tmp_path / "ImageList.zip")
     output = tmp_path / "data" / "Nuswide"
-    assert call("prepare_nuswide", ground, images, "--output", output, "--count", 400, "--draw", "--queries", 3) == 0
+    assert call("prepare_nuswide", truths, images, "--output", output, "--count", 400, "--draw", "--queries", 3) == 0
     assert (output / "concepts.txt").read_text().split() == concepts
     train, database, test = (
         readers.read_nuswide(output / f"{part}.txt", tmp_path) for part in ("train", "database", "test")

@@ -301,7 +301,7 @@ KINDS = {
 @pytest.mark.parametrize("size", [(1, 1), (7, 9), (16, 16), (33, 31), (127, 200)])
 def test_opencv_decodes_to_the_same_bytes_as_pillow(kind, size, monkeypatch):
     content = jpeg(size, **KINDS[kind])
-    monkeypatch.setattr(decoding.EncodedImage, "decoded_by_pillow", None)  # OpenCV did it
+    monkeypatch.setattr(decoding.EncodedImage, "by_pillow", None)  # OpenCV did it
     ours = decoding.EncodedImage(content).decoded()
     np.testing.assert_array_equal(ours, np.asarray(Image.open(io.BytesIO(content)).convert("RGB")))
     for scale in (2, 4, 8):

@@ -107,14 +107,14 @@ def test_crops_of_reduced_photos_stay_inside():
 
 
 def test_distributions_are_pillows():
-    """Kolmogorov and Smirnov on what views look like, against the transforms of `--views pil`."""
+    """Kolmogorov and Smirnov on statistics of views, against the transforms of `--views pil`."""
     n, size = 700, 48
     pixels = np.repeat(photo((32, 32))[None], n, axis=0)
     numbers = drawn(n, 32, 32)
     ours = transforms.augment_small(torch.from_numpy(pixels), numbers, size)
     transform = transforms.view_transform(size, mirrored=True)
     theirs = torch.stack([transform(Image.fromarray(picture)) for picture in pixels])
-    looks = {
+    statistics = {
         "brightness": lambda x: x.mean(dim=(1, 2, 3)),
         "contrast": lambda x: x.std(dim=(1, 2, 3)),
         "red against blue": lambda x: (x[:, 0] - x[:, 2]).mean(dim=(1, 2)),
@@ -123,12 +123,12 @@ def test_distributions_are_pillows():
         "left against right": lambda x: (x[..., : size // 2] - x[..., size // 2 :]).mean(dim=(1, 2, 3)),
         "top against bottom": lambda x: (x[..., : size // 2, :] - x[..., size // 2 :, :]).mean(dim=(1, 2, 3)),
     }
-    for name, look in looks.items():
-        p = stats.ks_2samp(look(ours * STD).numpy(), look(theirs * STD).numpy()).pvalue
+    for name, statistic in statistics.items():
+        p = stats.ks_2samp(statistic(ours * STD).numpy(), statistic(theirs * STD).numpy()).pvalue
         assert p > 0.01, name
     numbers[:, transforms.ORDER] = -1  # no colour operations: it can tell
-    plain, look = transforms.augment_small(torch.from_numpy(pixels), numbers, size), looks["contrast"]
-    assert stats.ks_2samp(look(plain * STD).numpy(), look(theirs * STD).numpy()).pvalue < 1e-6
+    plain, contrast = transforms.augment_small(torch.from_numpy(pixels), numbers, size), statistics["contrast"]
+    assert stats.ks_2samp(contrast(plain * STD).numpy(), contrast(theirs * STD).numpy()).pvalue < 1e-6
 
 
 @pytest.mark.parametrize("source", [8, 40])
@@ -186,7 +186,7 @@ def test_test_images_are_pillows(source, size):
     )
     theirs = torch.stack([transform(Image.fromarray(image)) for image in pixels])
     difference = ((ours - theirs) * STD * 255).abs()
-    assert difference.max() < 1.01  # a level where a sum lies between two
+    assert difference.max() < 1.01  # a level if a sum lies between two
     assert (difference > 0.5).float().mean() < 0.03
 
 
@@ -198,7 +198,7 @@ def share(transform, picture, test, n=400):
 
 
 def test_views_are_drawn_as_described():
-    """Shares of grey and of mirrored views, on pictures where each shows."""
+    """Shares of grey and of mirrored views, on pictures that show each."""
     red = Image.new("RGB", (32, 32), (200, 40, 40))
     view = transforms.view_transform(32, mirrored=True)
     std, mean = (torch.tensor(values)[:, None, None] for values in (transforms.IMAGENET_STD, transforms.IMAGENET_MEAN))

@@ -11,6 +11,7 @@ the queries it shows the best, the worst, and those in the middle.
 import argparse
 import html
 import sys
+import warnings
 from argparse import Namespace
 from collections.abc import Callable
 from itertools import cycle
@@ -262,7 +263,9 @@ def read_curve(path: Path) -> "np.ndarray":
     import numpy as np
 
     try:
-        curve = np.loadtxt(path, ndmin=2)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # NumPy's about an empty file; one line says it below
+            curve = np.loadtxt(path, ndmin=2)
     except (OSError, ValueError) as error:
         raise InputError(f"{path} is not readable ({error}): test the run again") from error
     if len(curve) != 2 or not curve.size:

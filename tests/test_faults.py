@@ -1,4 +1,4 @@
-"""Runs that are killed, stopped or handed damaged files; many more with `scripts/test.sh --hostile` (MECOQ_HOSTILE=1)."""
+"""Runs that are killed, stopped or handed damaged files; `scripts/test.sh --hostile` tries hundreds."""
 
 import json
 import os

@@ -89,7 +89,7 @@ def _say(line: str) -> None:
     """Print to standard error, if there is one."""
     with suppress(OSError, ValueError):
         if sys.stderr:
-            print(line, file=sys.stderr)
+            print(line.encode("utf-8", "backslashreplace").decode(), file=sys.stderr)
 
 
 def _output_is_closed() -> bool:

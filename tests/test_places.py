@@ -22,7 +22,7 @@ RUN = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize("kind", ["folder", "fifo", "device", "link to a device"])
+@pytest.mark.parametrize("kind", ["folder", "fifo", "device", "link to a device", "link to itself"])
 def test_only_regular_files_are_written(kind, tmp_path):
     path = tmp_path / "target"
     if kind == "folder":
@@ -32,7 +32,7 @@ def test_only_regular_files_are_written(kind, tmp_path):
     elif kind == "device":
         os.mknod(path, 0o20666, os.makedev(1, 3))
     else:
-        path.symlink_to("/dev/full")
+        path.symlink_to("/dev/full" if "device" in kind else path)
     before = path.lstat()
     with pytest.raises(InputError, match="is not a regular file"), atomic_write(path) as file:
         file.write(b"x")

@@ -16,17 +16,19 @@ import time
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import sklearn.datasets  # noqa: F401, what runs import late is here already
 import torch
 
 import checkpoint
-import engine
+import engine  # noqa: F401
 import main
 import results
 import retrieval
+from methods.mecoq import MeCoQ
 
 # a run comes to a point before it calls the function
 POINTS = {
-    "step": (engine, "objective"),
+    "step": (MeCoQ, "loss"),
     "log": (logging.Logger, "info"),
     "event": (results.Events, "add_scalar"),
     "sync": (os, "fsync"),  # of a temporary file
@@ -35,7 +37,7 @@ POINTS = {
 }
 
 
-def watch_points(kill: list | None, path: Path) -> None:
+def count_points(kill: list | None, path: Path) -> None:
     """Count calls of the functions in `POINTS`, into a file; at the one that `kill` names, end without warning."""
     counts = dict.fromkeys(POINTS, 0)
 
@@ -57,7 +59,7 @@ def child(request: dict, folder: Path) -> None:
     for number, name in ((1, "out"), (2, "err")):
         os.dup2(os.open(folder / name, os.O_WRONLY | os.O_CREAT), number)
     os.setsid()  # its workers die with it
-    watch_points(request.get("kill"), folder / "points")
+    count_points(request.get("kill"), folder / "points")
     checkpoint.SHARE = math.inf  # runs are so short that few epochs would be saved
     code = 99
     try:

@@ -1,4 +1,4 @@
-"""--test_only: a model that is trained already, with the codes beside it or without, of this version or an older one."""
+"""--test_only: a trained model with the codes beside it or without, of this version or an older one."""
 
 import json
 import shutil

@@ -164,9 +164,9 @@ def test_an_output_that_fails_in_mid_run_ends_it_in_one_line(epoch, part, fault,
     flags = [*SMALL, "--limit", "48", "--save_interval", "2", "--output", str(output), "--notes", "small"]
     words = []
     step = 1 + 3 * epoch  # of three per epoch, the second of which is saved
-    with monkeypatch.context() as patch:
-        with before_step(monkeypatch, step, lambda: words.append(fault(output / part, patch))):
-            assert main.main(flags) == 1
+    with before_step(monkeypatch, step, lambda: words.append(fault(output / part, monkeypatch))):
+        assert main.main(flags) == 1
+    monkeypatch.undo()
     errors = [line for line in capsys.readouterr().err.splitlines() if not line.startswith("WARNING: ")]
     assert len(errors) == 1
     assert errors[0].startswith(f"error: epoch {epoch}, step 2: ")

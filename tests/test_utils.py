@@ -1,55 +1,28 @@
-import json
-import logging
-import math
+"""Errors, logs, seeds, and files that are written and read whole or not at all."""
 
-import numpy as np
+import io
+import logging
+import zipfile
+
 import pytest
+import torch
+from helpers import written_below
 from hypothesis import given
 from hypothesis import strategies as st
 
-from utils import InputError, Patience, atomic_write, check_writable, learning_rate, logging_to, sample_seed
+import utils
+from utils import (
+    InputError,
+    atomic_write,
+    check_writable,
+    load_object,
+    load_tensors,
+    logging_to,
+    sample_seed,
+    write_tensors,
+)
 
-
-def test_golden_learning_rate(golden):
-    schedule = golden("lr_schedule")
-    c = json.loads(str(schedule["config"]))
-    ours = [
-        learning_rate(
-            step, c["batch_num_per_epoch"], c["epoch_num"], c["warmup_epoch_num"],
-            c["start_lr"], c["base_lr"], c["final_lr"],
-        )
-        for step in range(len(schedule["lr"]))
-    ]  # fmt: skip
-    np.testing.assert_allclose(ours, schedule["lr"], rtol=1e-12)
-
-
-@given(st.integers(1, 20), st.integers(1, 10), st.integers(0, 3))
-def test_learning_rate_rises_to_base_then_falls_towards_final(steps, epochs, warmup):
-    rates = [learning_rate(s, steps, epochs, warmup, 1e-5, 0.01, 1e-4) for s in range(steps * epochs)]
-    assert all(math.isfinite(rate) and 1e-5 <= rate <= 0.01 for rate in rates)
-    peak = warmup * steps
-    assert rates[:peak] == sorted(rates[:peak])
-    assert rates[peak:] == sorted(rates[peak:], reverse=True)
-
-
-def test_patience_counts_values_that_are_not_better():
-    patience = Patience(2)
-    assert [patience.improved(v) for v in (0.1, 0.1, 0.2, 0.2)] == [True, False, True, False]
-    assert not patience.exhausted
-    assert not patience.improved(0.15)
-    assert patience.exhausted
-    assert patience.best == 0.2
-
-
-def test_patience_matches_a_published_run():
-    """A public log ends 10 evaluations after its best: 45 epochs, best at epoch 34."""
-    patience = Patience(10)
-    values = [0.5 + 0.001 * min(epoch, 34) for epoch in range(50)]
-    epochs_run = 0
-    while not patience.exhausted:
-        patience.improved(values[epochs_run])
-        epochs_run += 1
-    assert epochs_run == 45
+# ---------------------------------------------------------------- files
 
 
 def test_atomic_write_leaves_the_old_file_when_it_fails(tmp_path):
@@ -71,6 +44,55 @@ def test_check_writable_names_the_folder(tmp_path):
     assert list((tmp_path / "new" / "folder").iterdir()) == []
 
 
+class Changing(io.BytesIO):
+    """As if the disk had changed a byte."""
+
+    def read(self, size=-1):
+        return super().read(size).replace(b"b", b"x")
+
+
+def test_a_file_that_does_not_read_back_is_not_taken(tmp_path, monkeypatch):
+    path = tmp_path / "x.cpt"
+    write_tensors({"a": torch.ones(3)}, path)
+    before = path.read_bytes()
+    monkeypatch.setattr("torch.save", lambda content, buffer: buffer.write(b"abc"))
+    monkeypatch.setattr("utils.io.BytesIO", Changing)
+    with pytest.raises(OSError, match="does not read back"):
+        write_tensors({"a": torch.zeros(3)}, path)
+    assert path.read_bytes() == before
+    assert written_below(tmp_path) == ["x.cpt"]
+
+
+def test_tensors_come_back_as_they_were(tmp_path):
+    content = {"a": torch.randn(3, 4), "b": {"c": torch.arange(5), "d": [1, 2.5, "text", None]}}
+    write_tensors(content, tmp_path / "x.cpt")
+    back = load_tensors(tmp_path / "x.cpt")
+    assert torch.equal(back["a"], content["a"])
+    assert torch.equal(back["b"]["c"], content["b"]["c"])
+    assert back["b"]["d"] == content["b"]["d"]
+    assert written_below(tmp_path) == ["x.cpt"]
+
+
+@pytest.mark.parametrize("member", ["data/0", "data/1"])
+def test_a_changed_bit_of_any_member_is_found(member, tmp_path):
+    """PyTorch itself reads the file as if nothing were wrong."""
+    path = tmp_path / "x.cpt"
+    write_tensors({"first": torch.rand(100), "second": torch.rand(100)}, path)
+    with zipfile.ZipFile(path) as archive:
+        (name,) = (name for name in archive.namelist() if name.endswith(member))
+        sound = archive.read(name)
+    content = bytearray(path.read_bytes())
+    assert content.count(sound) == 1
+    content[content.index(sound) + 200] ^= 4
+    path.write_bytes(content)
+    torch.load(path, weights_only=True)
+    with pytest.raises(zipfile.BadZipFile, match=f"{member} in it is damaged"):
+        load_tensors(path)
+
+
+# ---------------------------------------------------------------- logs
+
+
 def test_log_lines_are_appended_and_shown(tmp_path, capsys):
     for text in ("first", "second"):
         with logging_to(tmp_path / "a.log"):
@@ -80,9 +102,29 @@ def test_log_lines_are_appended_and_shown(tmp_path, capsys):
     assert capsys.readouterr().out.splitlines() == lines
 
 
+def test_a_log_that_cannot_be_written_stops_nothing(tmp_path, capsys):
+    full = tmp_path / "full.log"
+    full.symlink_to("/dev/full")
+    with utils.logging_to(full):
+        utils.LOG.info("one")
+        utils.LOG.info("two")
+    output = capsys.readouterr()
+    assert "one" in output.out
+    assert "two" in output.out
+    assert output.err.count("WARNING: cannot write to") == 1
+    assert "Traceback" not in output.err
+
+
+# ---------------------------------------------------------------- seeds, registries
+
+
 @given(st.lists(st.integers(0, 2**40), min_size=1, max_size=3))
 def test_sample_seed_is_a_valid_seed_and_tells_neighbours_apart(parts):
     seed = sample_seed(*parts)
     assert 0 <= seed < 2**63
     assert seed == sample_seed(*parts)
     assert seed != sample_seed(*parts[:-1], parts[-1] + 1)
+
+
+def test_a_registry_row_names_a_function():
+    assert load_object("utils:sample_seed") is sample_seed

@@ -1,0 +1,114 @@
+"""The files of a run, one by one."""
+
+import errno
+import json
+import tokenize
+
+import numpy as np
+import pytest
+import torch
+
+import utils
+from results import Events, Files, StepLog, read_array, read_metrics, save_results
+from retrieval import Metrics
+from utils import InputError
+
+METRICS = Metrics(0.5, torch.rand(2, 5, dtype=torch.float64), torch.rand(2, 3, dtype=torch.float64))
+
+# ---------------------------------------------------------------- codes and curves
+
+
+@pytest.mark.parametrize(
+    ("codes", "dtype"),
+    [
+        (torch.tensor([[0, 255], [7, 128]], dtype=torch.uint8), np.uint8),
+        (torch.tensor([[0, 256], [7, 65535]], dtype=torch.int32), np.uint16),
+        (torch.tensor([[0, 3], [7, 1]], dtype=torch.int32), np.uint16),  # K > 256, whichever codes are used
+    ],
+)
+def test_a_code_takes_one_byte_if_its_codewords_fit_one_and_two_if_not(codes, dtype, tmp_path):
+    save_results(METRICS, codes, np.array([3, 1]), tmp_path)
+    saved = np.load(tmp_path / "db_codes.npy", allow_pickle=False)
+    assert saved.dtype == dtype
+    assert saved.tolist() == codes.tolist()
+    assert np.load(tmp_path / "db_targets.npy", allow_pickle=False).tolist() == [3, 1]
+    np.testing.assert_array_equal(np.loadtxt(tmp_path / "PR_curve.txt"), METRICS.pr)
+    np.testing.assert_array_equal(np.loadtxt(tmp_path / "P_at_topK_curve.txt"), METRICS.p_at_k)
+
+
+@pytest.mark.parametrize(
+    "error",
+    [tokenize.TokenError("EOF in multi-line statement"), SyntaxError("x"), EOFError(), MemoryError(), OSError()],
+)
+def test_whatever_numpy_raises_is_said_in_one_line(error, tmp_path, monkeypatch):
+    def fails(*_, **__):
+        raise error
+
+    monkeypatch.setattr(np, "load", fails)
+    with pytest.raises(InputError, match=r"a\.npy is not a readable \.npy file"):
+        read_array(tmp_path / "a.npy")
+
+
+def test_an_archive_of_arrays_is_no_array(tmp_path):
+    np.savez(tmp_path / "a.npz", x=np.ones(2))
+    with pytest.raises(InputError, match="an archive of them"):
+        read_array(tmp_path / "a.npz")
+
+
+@pytest.mark.parametrize(
+    "content", ["", "[]", "{}", '{"config": {}, "map": 1}', '{"config": [], "map": 0.5}', "[" * 10**5]
+)
+def test_metrics_of_no_run_are_refused(content, tmp_path):
+    path = tmp_path / "metrics.json"
+    path.write_text(content)
+    with pytest.raises(InputError, match=r"is not the metrics\.json of a run"):
+        read_metrics(path)
+    path.write_text(json.dumps({"config": {"seed": 1}, "map": 0.5}))
+    assert read_metrics(path)["map"] == 0.5
+
+
+# ---------------------------------------------------------------- the folder of a run
+
+
+def test_nothing_is_removed_if_a_folder_stands_in_the_place_of_a_file(tmp_path):
+    files = Files(tmp_path, "x")
+    files.checkpoints.mkdir(parents=True)
+    files.model.write_text("")
+    files.metrics.mkdir()
+    with pytest.raises(InputError, match=r"metrics\.json is a folder"):
+        files.clear()
+    assert files.present() == ["model.cpt", "metrics.json"]
+    files.metrics.rmdir()
+    files.clear()
+    assert files.present() == []
+
+
+# ---------------------------------------------------------------- what is told of steps
+
+
+@pytest.mark.parametrize("interval", [1, 3, 7, 100])
+@pytest.mark.parametrize("done", [0, 4])
+def test_every_step_is_told_once_and_in_its_order(interval, done):
+    told, steps = [], 10
+    log = StepLog(interval, steps, done, lambda step, values: told.append((step, values)))
+    for step in range(done, steps):
+        log.add(0.1 * step, {"a": torch.tensor(1.0 * step), "b": torch.tensor(-1.0 * step)})
+        assert len(told) == (step - done + 1 if step + 1 == steps else (step - done + 1) // interval * interval)
+    assert told == [(step, {"lr": 0.1 * step, "a": step, "b": -step}) for step in range(done, steps)]
+    assert log.last == told[-1][1]
+
+
+def test_tensorboard_that_cannot_be_written_stops_nothing(tmp_path, monkeypatch):
+    said = []
+    monkeypatch.setattr(utils.LOG, "warning", lambda *words: said.append(words))
+
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with Events(tmp_path) as events:
+        monkeypatch.setattr(events.writer, "add_scalar", full)
+        events.add_scalar("lr", 1.0, 0)
+        events.add_scalar("lr", 1.0, 1)
+        events.flush()
+    assert len(said) == 1
+    assert "going on without them" in said[0][0]

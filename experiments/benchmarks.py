@@ -27,7 +27,7 @@ from optimizer import build_optimizer
 from results import Files
 from utils import check_writable, logging_to
 
-PHOTO = (480, 640, 3)  # pixels of a photo that is decoded: height, width, colours
+PHOTO = (480, 640)  # pixels of a photo that is decoded: height, width
 
 
 @dataclass(frozen=True)
@@ -108,32 +108,33 @@ def row(what: str, times: Sides, images: int, plain_images: int | None = None) -
 
 def decode(config: Config, options: Options) -> list[dict]:
     """JPEG files of 640 x 480, whole and reduced, by OpenCV and by Pillow."""
-    generator = np.random.default_rng(config.seed)
     with tempfile.TemporaryDirectory() as folder:
-        paths = [Path(folder) / f"{i}.jpg" for i in range(options.photos)]
-        for path in paths:
-            photo(generator).save(path, quality=90)
+        paths = write_photos(Path(folder), options.photos)
         rows = []
-        for scale in (1, 2, 4):
+        for scale in (1, 2, 4, 8):
             least = None if scale == 1 else (PHOTO[1] // scale, PHOTO[0] // scale)
-            ours, theirs = (partial(decode_all, paths, method, least) for method in ("decoded", "decoded_by_pillow"))
+            ours, theirs = (partial(decode_all, paths, opencv, least) for opencv in (True, False))
             times = compare(ours, theirs, "cpu", options.repeats)
             rows.append(row(f"JPEG at 1/{scale} of its size, OpenCV and Pillow", times, len(paths)))
     return rows
 
 
-def photo(generator: np.random.Generator) -> Image.Image:
-    """Random colours, smooth with a little noise, which compress about as a photo does."""
-    height, width, _ = PHOTO
-    coarse = generator.integers(0, 256, (height // 40, width // 40, 3), dtype=np.uint8)
-    smooth = np.asarray(Image.fromarray(coarse).resize((width, height), Image.Resampling.BICUBIC))
-    noise = generator.normal(0, 6, PHOTO)
-    return Image.fromarray((smooth + noise).clip(0, 255).astype(np.uint8))
+def write_photos(folder: Path, n: int) -> list[Path]:
+    """n JPEG files, of scikit-learn's two photographs turned a little, of two qualities and kinds of colour."""
+    from sklearn.datasets import load_sample_images
+
+    photos, paths = load_sample_images().images, [folder / f"{i}.jpg" for i in range(n)]
+    for i, path in enumerate(paths):
+        image = Image.fromarray(photos[i % 2]).resize((PHOTO[1], PHOTO[0])).rotate(i)
+        image.save(path, quality=90 if i % 3 else 75, subsampling=2 * (i % 2))
+    return paths
 
 
-def decode_all(paths: list[Path], method: str, least: tuple[int, int] | None) -> None:
+def decode_all(paths: list[Path], opencv: bool, least: tuple[int, int] | None) -> None:
+    """Files to pixels `[h, w, 3]`, as views are made of them."""
     for path in paths:
-        getattr(EncodedImage(path.read_bytes()), method)(least)
+        image = EncodedImage(path.read_bytes())
+        _ = image.decoded(least) if opencv else np.array(image.by_pillow(least))
 
 
 def view_options(config: Config) -> ViewOptions:
@@ -153,7 +154,7 @@ def views(config: Config, options: Options) -> list[dict]:
 
 
 def encode(config: Config, options: Options) -> list[dict]:
-    """Images to codes: nothing known before, and from the feature cache."""
+    """Images to codes: nothing computed before, and from the feature cache."""
     splits, method = engine.build(config)
     images, how = splits.database, engine.preprocessing(config)
     peak = matmul_peak(config.precision, config.device)

@@ -108,7 +108,7 @@ def configured(dataset: str, bits: int, seed: int, flags: list[str], **change: o
 
 def departures(dataset: str, bits: int, flags: list[str]) -> str:
     """The flags that are not as in the published script, for a table; the recipe has a column of its own."""
-    given, script = (script_values(dataset, bits, tuple(some)) for some in (flags, []))
+    given, script = (script_values(dataset, bits, tuple(chosen)) for chosen in (flags, []))
     changed = [f"{name}={given[name]}" for name in told(given["method"]) if given[name] != script[name]]
     return ", ".join(changed)
 

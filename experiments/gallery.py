@@ -73,8 +73,8 @@ def label_text(label: np.ndarray, names: tuple[str, ...]) -> str:
     """A class id or a multi-hot row in words: names if there are any, else numbers."""
     if label.ndim:
         chosen = np.flatnonzero(label)
-        known = len(names) == len(label)
-        return ", ".join(names[i] for i in chosen) if known else f"labels {' '.join(str(i + 1) for i in chosen)}"
+        named = len(names) == len(label)
+        return ", ".join(names[i] for i in chosen) if named else f"labels {' '.join(str(i + 1) for i in chosen)}"
     return names[int(label)] if int(label) < len(names) else f"label {int(label)}"
 
 

@@ -15,7 +15,7 @@ from distributed import use_device
 
 
 def profile(configuration: Config, steps: int) -> dict[str, float]:
-    """`seconds_per_epoch` and `peak_mib` of some steps with a memory that is full, measured in a new process, which
+    """`seconds_per_epoch` and `peak_mib` of several steps with a memory that is full, measured in a new process, which
     holds nothing else."""
     with multiprocessing.get_context("spawn").Pool(1) as pool:
         result = pool.apply(measured, (configuration, steps))

@@ -4,8 +4,8 @@ one flag after the other set as the release has it.
 
 python -m experiments.recipes --datasets CIFAR10-II --bits 32 --seeds 2021 2022 2023 FLAGS
 
-FLAGS are main.py's; --hp_lambda is the entropy term's weight where it is on (default: the published script's). Nothing
-is trained twice. Writes measure_recipes.csv, a row per training, and measure_recipes.md.
+FLAGS are main.py's; --hp_lambda is the entropy term's weight if it is on (default: the published script's). Nothing is
+trained twice. Writes measure_recipes.csv, a row per training, and measure_recipes.md.
 """
 
 import sys

@@ -3,9 +3,9 @@
 
 python -m experiments.report NOTES [--output DIR] [--data_root DIR] [--html FILE]
 
-Reads `checkpoints/NOTES/` below --output and, for the gallery, the images and the feature cache, from where the run had
-them unless flags say otherwise. Writes `checkpoints/NOTES/report.html`, which needs no network and no other file. Of
-the queries it shows the best, the worst, and some between.
+Reads `checkpoints/NOTES/` below --output and, for the gallery, the images and the feature cache, in the folders of
+the run unless flags name others. Writes `checkpoints/NOTES/report.html`, which needs no network and no other file. Of
+the queries it shows the best, the worst, and those in the middle.
 """
 
 import argparse
@@ -165,7 +165,7 @@ def beside(configuration: Config, bits: int) -> list[tuple[str, str]]:
 
 
 def head(metrics: dict, configuration: Config) -> str:
-    """Title, the main figures, the published ones, and what must be known to compare them."""
+    """Title, the main figures, the published ones, and what to mind when comparing them."""
     protocol = f" ({configuration.protocol})" if DATASETS[configuration.dataset].protocols else ""
     epochs = f"epochs, the best one {metrics['best_epoch']}" if metrics["epochs_run"] else "epochs: tested only"
     figures = [
@@ -342,7 +342,7 @@ def main(argv: list[str] | None = None) -> None:
     from results import Files, read_metrics
 
     if not path.exists():
-        raise InputError(f"{folder}: there is no finished run of this name; --output says where runs are")
+        raise InputError(f"{folder}: there is no finished run of this name; --output names the folder of runs")
     check_writable(target.parent)
     check_regular(target)
     metrics = read_metrics(path)

@@ -20,7 +20,7 @@ from config import Config
 from distributed import check_device, use_device
 from experiments.callbacks import CALLBACKS
 from experiments.flags import Trial
-from experiments.view_cache import CachedViews, KnownFeatures, ViewCache, cache_key, can_cache
+from experiments.view_cache import CachedViews, PassThrough, ViewCache, cache_key, can_cache
 from results import Files
 from utils import (
     LOG,
@@ -105,7 +105,7 @@ def train(configuration: Config, shared: Shared, folder: Path, callback: str | N
     method = engine.build_method(configuration)
     if can_cache(method.backbone):
         loader = shared.cached_views(configuration)
-        method.backbone = KnownFeatures(method.backbone.dim)
+        method.backbone = PassThrough(method.backbone.dim)
     else:
         loader = engine.build_loader(configuration, shared.splits)
     files = Files(folder, configuration.notes)

@@ -45,7 +45,7 @@ def cache_key(configuration: Config, fingerprint: str) -> dict[str, object]:
 
 
 class ViewCache:
-    """The features of the views of some epochs in a folder: `epoch000.npy` ... `[2, n, F]` float32, both views of the
+    """The features of several epochs' views in a folder: `epoch000.npy` ... `[2, n, F]` float32, both views of the
     training images in the order in which that epoch takes them, and beside each a JSON file with its SHA-256 and shape.
 
     Args:
@@ -67,7 +67,7 @@ class ViewCache:
         Args:
             loader: of the views of n training images.
 
-        Raises InputError if the backbone is not frozen, or there is no room.
+        Raises InputError if the backbone is not frozen, or the disk is too full.
         """
         if not can_cache(backbone):
             raise InputError("a view cache needs a backbone without trained blocks and dropout")
@@ -79,7 +79,7 @@ class ViewCache:
             write_json(self.folder / "key.json", self.key)
             shape = [2, n, backbone.dim]
             missing = [epoch for epoch in range(epochs) if epoch not in self.sound and not self._whole(epoch, shape)]
-            self._check_room(len(missing), 4 * int(np.prod(shape)))
+            self._check_space(len(missing), 4 * int(np.prod(shape)))
             backbone.eval()
             for epoch in missing:
                 loader.set_epoch(epoch)
@@ -112,8 +112,8 @@ class ViewCache:
             np.lib.format.write_array(hashed, features, allow_pickle=False)
         write_json(path.with_suffix(".json"), {"sha256": hashed.digest.hexdigest(), "shape": list(features.shape)})
 
-    def _check_room(self, epochs: int, size: int) -> None:
-        """Raise InputError if there is no room for `size` bytes per epoch."""
+    def _check_space(self, epochs: int, size: int) -> None:
+        """Raise InputError if the disk has no space for `size` bytes per epoch."""
         free = shutil.disk_usage(self.folder).free
         if epochs * size + 2**20 > free:
             raise InputError(
@@ -155,7 +155,7 @@ class CachedViews:
             yield torch.from_numpy(batch).to(self.device).flatten(0, 1)
 
 
-class KnownFeatures(nn.Module):
+class PassThrough(nn.Module):
     """A stand-in for a backbone: features come in, features go out."""
 
     def __init__(self, dim: int) -> None:

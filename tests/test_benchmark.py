@@ -72,7 +72,7 @@ FEW = ["--queries", "30", "--database", "500", "--plain_queries", "5"]
 @pytest.mark.parametrize(
     ("what", "flags", "rows"),
     [
-        ("decode", ["--photos", "3"], ["1/1 of its size, OpenCV", "1/2 of its size", "1/4 of its size"]),
+        ("decode", ["--photos", "3"], ["1/1 of its size, OpenCV", "1/2 of its size", "1/4 of its", "1/8 of its"]),
         ("views", [], ["views at 16 px"]),
         ("encode", FROZEN, ["computed", "cached"]),
         ("step", [], ["10 steps"]),

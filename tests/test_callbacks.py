@@ -110,3 +110,23 @@ def test_drift_is_the_distance_between_two_moments(trained):
                     continue
                 now, then = (both.snapshots[row["step"] - back][kind].double().numpy() for back in (0, interval))
                 assert row[name] == pytest.approx(((now - then) ** 2).sum(axis=2).mean(), rel=1e-4, abs=1e-9)
+
+
+def test_a_backbone_that_learns_is_left_as_it_is(tmp_path):
+    """Its batch statistics would change in training mode."""
+    configuration = config_of()
+    shared = sweep.Shared(configuration, tmp_path / "views")
+    modes = []
+
+    class Recorder:
+        rows: tuple = ()
+
+        def __call__(self, method, epoch, step, views):
+            modes.append((method.training, torch.is_grad_enabled()))
+            method(views)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(callbacks.CALLBACKS, "Recorder", lambda images, configuration: Recorder())
+        recorded = sweep.train(configuration, shared, tmp_path, "Recorder")
+    assert recorded["history"] == sweep.train(configuration, shared, tmp_path)["history"]
+    assert modes == [(False, False)] * 2 * 7  # two epochs of seven steps

@@ -8,12 +8,14 @@ import time
 import numpy as np
 import pandas as pd
 import pytest
+import torch
 from helpers import ROOT, call, load, refused
 from PIL import Image
 from test_sweep import flags_in, results_in
 
 import config
 from experiments import flags, published
+from experiments.profiling import FirstBatches
 from utils import run_script
 
 EXPERIMENTS = ("table1", "table2", "table3", "conditions", "layers", "recipes", "figure2", "figure3", "figure4")
@@ -101,6 +103,13 @@ def test_table3_counts_negatives_and_costs(place, capsys):
     assert (frame["peak_mib"] > 1).all()
     lines = [line.split("|") for line in capsys.readouterr().out.splitlines() if line.startswith("|")][2:]
     assert [[int(x) for x in line[1:4]] for line in lines] == expected[:2]
+
+
+def test_profiling_takes_the_first_batches():
+    batches = FirstBatches([torch.tensor(i) for i in range(5)], 3)
+    assert len(batches) == 3
+    assert [int(batch) for batch in batches] == [int(batch) for batch in batches] == [0, 1, 2]
+    assert len(FirstBatches([1, 2], 3)) == 2
 
 
 def test_conditions_compare_four_variants(place, capsys):

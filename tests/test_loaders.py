@@ -5,12 +5,14 @@ import hashlib
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 import data
 import loaders
 import transforms
 from data import Splits
-from readers import Images
+from decoding import EncodedImage
+from readers import ImageFiles, Images
 
 
 def pictures(n=23):
@@ -74,6 +76,47 @@ def test_an_image_has_other_views_in_each_epoch(kind, place, photo_root):
         assert not torch.equal(pair[0], second[i][0])
         assert not torch.equal(pair[1], second[i][1])
         assert not torch.equal(*pair)
+
+
+@pytest.mark.parametrize("kind", ["batched", "pil"])
+@pytest.mark.parametrize("place", ["memory", "disk"])
+@pytest.mark.parametrize("mirrored", [False, True])
+def test_views_are_mirrored_only_if_that_is_the_same_thing(mirrored, kind, place, tmp_path):
+    """Images that are dark on their left: each crop is wide enough to show it, and no colour operation turns it."""
+    pixels = np.full((40, 32, 32, 3), 60, np.uint8)
+    pixels[:, :, 16:] = 190
+    images = Images(pixels, np.arange(40))
+    if place == "disk":
+        for i in range(40):
+            images.picture(i).save(tmp_path / f"{i}.png")
+        images = ImageFiles(tmp_path, np.array([f"{i}.png" for i in range(40)]), np.arange(40)[:, None])
+    views = torch.cat(list(train_loader(Splits(images, images, images, mirrored), kind)))
+    turned = views[..., :8].mean(dim=(1, 2, 3)) > views[..., 24:].mean(dim=(1, 2, 3))
+    assert len(turned) == 80
+    assert 25 < turned.sum() < 55 if mirrored else not turned.any()
+
+
+def test_photos_are_decoded_at_the_smallest_size_that_is_enough_for_both_crops(tmp_path, monkeypatch):
+    Image.fromarray(np.zeros((300, 500, 3), np.uint8)).save(tmp_path / "a.jpg")
+    images = ImageFiles(tmp_path, np.array(["a.jpg"]), np.zeros((1, 1)))
+    original, sizes = EncodedImage.decoded, []
+
+    def decoded(image, least):
+        pixels = original(image, least)
+        sizes.append(pixels.shape)
+        return pixels
+
+    monkeypatch.setattr(EncodedImage, "decoded", decoded)
+    found = set()
+    for seed in range(60):
+        _, drawn = loaders.photo_views(images, True, 66, 0, seed)
+        scale = round(300 / sizes[-1][0])
+        assert sizes[-1] == (-(-300 // scale), -(-500 // scale), 3)
+        least = float(drawn[:, transforms.CROP][:, 2:].min())
+        assert least / scale >= 66 - 1  # whole pixels
+        assert scale == 8 or least / (2 * scale) < 66 + 1
+        found.add(scale)
+    assert found == {2, 4}
 
 
 @pytest.mark.parametrize("kind", ["batched", "pil"])

@@ -7,9 +7,10 @@ import tokenize
 import numpy as np
 import pytest
 import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import utils
-from results import Events, Files, StepLog, read_array, read_metrics, save_results
+from results import Events, Files, StepLog, read_array, read_metrics, save_results, take_place
 from retrieval import Metrics
 from utils import InputError
 
@@ -81,6 +82,52 @@ def test_nothing_is_removed_if_a_folder_stands_in_the_place_of_a_file(tmp_path):
     files.metrics.rmdir()
     files.clear()
     assert files.present() == []
+
+
+# ---------------------------------------------------------------- going on in the files of an earlier run
+
+LINE = "2024-05-01 10:00:00,123 - "
+TOLD = [
+    "recipe paper: pairing=own", "epoch 0: avg loss=2.500000, avg quantization error=0.1", "val mAP=0.200000",
+    "epoch 1: avg loss=2.400000, avg quantization error=0.1", "val mAP=0.300000", "WARNING: a slow disk",
+    "epoch 2: avg loss=2.300000, avg quantization error=0.1", "val mAP=0.250000",
+    "early stop: no better val mAP in 1 evaluations", "test mAP=0.300000", "test P@1=0.500000", "stopped by SIGTERM",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("epoch", "again"), [(0, {1, 2, 3, 4, 6, 7, 8}), (1, {3, 4, 6, 7, 8}), (2, {6, 7, 8}), (3, set())]
+)
+def test_the_log_loses_what_will_be_told_again_and_nothing_else(epoch, again, tmp_path):
+    files = Files(tmp_path, "x")
+    files.log.parent.mkdir()
+    files.log.write_text("".join(f"{LINE}{line}\n" for line in TOLD))
+    new = files.log.with_name("new.log")
+    new.write_text(f"{LINE}going on\n")
+    take_place(files, new, {"epoch": epoch, "steps": 0})
+    kept = [line for i, line in enumerate(TOLD) if i not in again | {9, 10}]
+    assert files.log.read_text() == "".join(f"{LINE}{line}\n" for line in [*kept, "going on"])
+    assert not new.exists()
+
+
+def test_tensorboards_files_lose_what_will_be_told_again_and_nothing_else(tmp_path):
+    """Going on in epoch 2, with step 5 of all: values of steps 0 to 4 and epochs 0 and 1 stay, once each."""
+    files = Files(tmp_path, "x")
+    files.checkpoints.mkdir(parents=True)
+    files.log.parent.mkdir()
+    files.log.write_text("")
+    for steps, epochs in ((range(4), range(1)), (range(2, 8), range(4))):  # the second run was one itself
+        with Events(files.tensorboard) as events:
+            for step in steps:
+                events.add_scalar("lr", step / 8, step)
+            for epoch in epochs:
+                events.add_scalar("val_mAP", epoch / 4, epoch)
+    take_place(files, files.log, {"epoch": 2, "steps": 5})
+    read = EventAccumulator(str(files.tensorboard)).Reload()
+    assert [(e.step, e.value) for e in read.Scalars("lr")] == [(step, step / 8) for step in range(5)]
+    assert [(e.step, e.value) for e in read.Scalars("val_mAP")] == [(0, 0.0), (1, 0.25)]
+    assert len(files.events()) == 1
+    assert not files.new_events.exists()
 
 
 # ---------------------------------------------------------------- what is told of steps

@@ -131,7 +131,7 @@ MUTATIONS: dict[str, tuple[Mutation, ...]] = {
         M("readers.py", 'decode("utf-8-sig")', 'decode("utf-8")', "readers", "byte_order"),
         M("decoding.py", ".clip(0, 65535) >> 8", ".clip(0, 65535) & 255", "readers", "16_bits"),
         M("decoding.py", "(8, 4, 2) if whole >= scale", "(8, 4, 2) if whole > scale", "readers", "draft or opencv"),
-        M("decoding.py", "and counts[0xD9] == 1 and", "and", "readers", "damaged_jpegs"),
+        M("decoding.py", " and counts.sum() == counts[[*expected]].sum()", "", "readers", "damaged_jpegs"),
     ),
     "caches and keys": (
         M("feature_cache.py", "    digest.update(images.state(names).encode())\n", "", "feature_cache", "photos"),
@@ -174,7 +174,7 @@ MUTATIONS: dict[str, tuple[Mutation, ...]] = {
         M("checkpoint.py", '            torch.set_rng_state(state["generators"]["cpu"])\n', "", "checkpoint",
           "every_part"),
         M("checkpoint.py", '= state["best"], state["worse_in_a_row"]', '= state["best"], 0', "checkpoint",
-          "every_part or patience"),
+          "patience"),
         M("checkpoint.py", "if version != FORMAT:", "if version > FORMAT:", "checkpoint", "older_version"),
         M("checkpoint.py", "elif self.deferring and self.pending is None:", "elif self.deferring:", "checkpoint",
           "signals"),

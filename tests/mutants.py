@@ -34,6 +34,10 @@ TIMEOUT_OF_ALL = 900  # seconds, of the tests of one file without any
 NO_TESTS, WRONG_CALL = 5, 4  # pytest's exit codes
 
 
+class WrongTableError(Exception):
+    """Rows that do not fit the code, or tests that fail or are not there without any mutation."""
+
+
 @dataclass(frozen=True)
 class Outcome:
     """What became of a mutation: whether it survived, which test noticed it, and the seconds that took."""
@@ -125,20 +129,21 @@ def run_mutation(copies: queue.Queue, area: str, mutation: Mutation) -> Outcome:
     finally:
         copies.put(folder)
     if code in (NO_TESTS, WRONG_CALL):
-        sys.exit(f"error: {mutation.tests} -k {mutation.k!r}: no such tests\n{output}")
+        raise WrongTableError(f"{output}\nerror: {mutation.tests} -k {mutation.k!r}: no such tests")
     noticed = re.findall(r"^(?:FAILED|ERROR) tests/(\S+)", output, re.MULTILINE)
     killer = noticed[0] if noticed else output.strip().rpartition("\n")[2]
     return Outcome(area, mutation, code == 0, killer, time.perf_counter() - start)
 
 
-def run_unchanged(copies: queue.Queue, test: str, k: str) -> str:
-    """What pytest printed of tests that fail without a mutation; empty if they pass."""
+def run_unchanged(copies: queue.Queue, test: str, k: str) -> None:
+    """Run tests without any mutation."""
     folder = copies.get()
     try:
         code, output = run_tests(folder, [test], k, TIMEOUT_OF_ALL)
     finally:
         copies.put(folder)
-    return output if code else ""
+    if code != 0:
+        raise WrongTableError(f"{output}\nerror: tests/test_{test}.py fails without any mutation")
 
 
 def selections(mutations: list[Mutation]) -> dict[str, str]:
@@ -154,19 +159,18 @@ def selections(mutations: list[Mutation]) -> dict[str, str]:
 
 
 def run_all(chosen: list[tuple[str, Mutation]], folders: list[Path], verbose: bool) -> list[Outcome]:
-    """First the tests without any mutation, then each mutation. Ends the program if those fail."""
+    """First the tests without any mutation, then each mutation."""
     copies: queue.Queue = queue.Queue()
     for folder in folders:
         copy_project(folder)
         copies.put(folder)
     outcomes: list[Outcome] = []
-    with ThreadPoolExecutor(len(folders)) as pool:
+    pool = ThreadPoolExecutor(len(folders))
+    try:
         before = selections([mutation for _, mutation in chosen])
         waiting = [pool.submit(run_unchanged, copies, test, k) for test, k in before.items()]
         for done in tqdm(as_completed(waiting), desc="without mutations", total=len(waiting)):
-            if done.result():
-                pool.shutdown(cancel_futures=True)
-                sys.exit(f"{done.result()}\nerror: these tests fail without any mutation")
+            done.result()
         waiting = [pool.submit(run_mutation, copies, *each) for each in chosen]
         with tqdm(as_completed(waiting), desc="mutations", total=len(waiting)) as bar:
             for done in bar:
@@ -174,6 +178,8 @@ def run_all(chosen: list[tuple[str, Mutation]], folders: list[Path], verbose: bo
                 bar.set_postfix(survivors=sum(outcome.survived for outcome in outcomes))
                 if verbose:
                     bar.write(line_of(outcomes[-1]))
+    finally:
+        pool.shutdown(cancel_futures=True)  # after an error or an interrupt those that wait do not begin
     return outcomes
 
 
@@ -207,14 +213,17 @@ def main() -> int:
     parser.add_argument("--verbose", action="store_true", help="say which test noticed each mutation")
     given = parser.parse_args()
     every = [(area, mutation) for area, rows in MUTATIONS.items() for mutation in rows]
-    faults = [f"{mutation.file}: {mutation.old!r}: {found}" for _, mutation in every if (found := fault(mutation))]
-    if faults:
-        print("\n".join(faults), file=sys.stderr)
-        return 2
     chosen = [row for row in every if given.only in "\n".join((row[0], row[1].file, row[1].old, row[1].new))]
-    with tempfile.TemporaryDirectory(prefix="mutants-") as folder:
-        folders = [Path(folder) / str(number) for number in range(max(given.workers, 1))]
-        return report(run_all(chosen, folders, given.verbose))
+    try:
+        faults = [f"{mutation.file}: {mutation.old!r}: {found}" for _, mutation in every if (found := fault(mutation))]
+        if faults:
+            raise WrongTableError("\n".join(faults))
+        with tempfile.TemporaryDirectory(prefix="mutants-") as folder:
+            folders = [Path(folder) / str(number) for number in range(max(given.workers, 1))]
+            return report(run_all(chosen, folders, given.verbose))
+    except WrongTableError as error:
+        print(error, file=sys.stderr)
+        return 2
 
 
 if __name__ == "__main__":

@@ -217,7 +217,7 @@ MUTATIONS: dict[str, tuple[Mutation, ...]] = {
         M("config.py", "values[name] = value if values[name] is None else values[name]", "values[name] = value",
           "config", "recipe"),
         M("config.py", "1e-3 if backbone.pretrained else 1.0", "1e-3", "config", "defaults"),
-        M("methods/flags.py", 'values["pos_prior"] = 0.0', "pass", "config every_flag", "flag"),
+        M("methods/flags.py", 'values["pos_prior"] = 0.0', "pass", "config", "defaults"),
         M("methods/flags.py", "return self.recipe[0]", "return self.recipe[1]", "config", "key"),
         M("methods/flags.py", 'round(values["M"] * math.log2(values["K"]))', '8 * values["M"]', "config engine",
           "metrics or name or defaults"),

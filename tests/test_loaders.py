@@ -79,8 +79,8 @@ def test_an_image_has_other_views_in_each_epoch(kind, place, photo_root):
 
 
 def one_sided(right, folder=None):
-    """Images that are dark on their left or `right` `[n]`, in memory or in a folder: each crop is wide enough to show it,
-    and no colour operation turns it."""
+    """Images that are dark on their left or `right` `[n]`, in memory or in a folder: each crop is wide enough to show
+    it, and no colour operation turns it."""
     pixels = np.full((len(right), 32, 32, 3), 60, np.uint8)
     pixels[~right, :, 16:] = 190
     pixels[right, :, :16] = 190

@@ -120,7 +120,7 @@ MUTATIONS: dict[str, tuple[Mutation, ...]] = {
           "golden or flickr25k"),
         M("data.py", "np.random.RandomState(source.seed)", "np.random.RandomState(2021)", "data", "seed"),
         M("data.py", "canonical=not changed", "canonical=True", "data", "changed_files"),
-        M("data.py", "return replace(kept, canonical=False)", "return kept", "readers", "left_out"),
+        M("data.py", "return replace(kept, canonical=False)", "return kept", "readers", "without_some"),
         M("data.py", "images.subset(np.linspace(0, len(images), min(limit, len(images)), endpoint=False).astype(int))",
           "images.subset(np.arange(min(limit, len(images))))", "data", "limit"),
         M("data.py", '("train", "test", "database")))', '("train", "database", "test")))', "data", "photo or seed"),
@@ -242,7 +242,7 @@ MUTATIONS: dict[str, tuple[Mutation, ...]] = {
         M("engine.py", "measure(retrieval.mean_average_precision, method, queries, codes, splits, topK)",
           "measure(retrieval.mean_average_precision, method, queries, codes, splits, None)", "training", "validation"),
         M("engine.py", "chance + 0.8 * (1 - chance)", "chance", "test_only", "probed"),
-        M("engine.py", '"canonical_data": splits.canonical', '"canonical_data": True', "engine"),
+        M("engine.py", '"canonical_data": splits.canonical', '"canonical_data": True', "engine", "photos_with"),
     ),
 }  # fmt: skip
 

@@ -176,6 +176,14 @@ def test_bad_images_stop_the_run_or_are_left_out(damaged, caplog, monkeypatch):
     assert "and 4 more (scripts/check_data.py lists them)" in caplog.text
 
 
+def test_a_published_data_set_without_some_images_is_not_the_published_one(damaged, photo_root, monkeypatch):
+    row = data.DATASETS["NUSWIDE"]
+    as_published = replace(row, load=lambda source: replace(row.load(source), canonical=True))
+    monkeypatch.setitem(data.DATASETS, "NUSWIDE", as_published)
+    assert data.load_splits(nuswide(photo_root), skip_bad_images=True).canonical
+    assert not data.load_splits(nuswide(damaged[0]), skip_bad_images=True).canonical
+
+
 def test_an_image_that_becomes_unreadable_is_named(damaged):
     root, names = damaged
     images = data.load_nuswide(nuswide(root)).query

@@ -19,8 +19,8 @@ from config import RESULTS, Config, differing
 from data import Splits
 from methods.backbones import Backbone
 from methods.base import Method
-from results import Events, Files, read_metrics
-from utils import LOG, InputError, RunError, Stopped, Stopwatch, load_tensors, sha256, write_tensors
+from results import Events, Files, Stopwatch, read_metrics
+from utils import LOG, InputError, NonFiniteError, Stopped, load_tensors, sha256, write_tensors
 
 SHARE = 0.02  # of a run's time, that saves at the end of epochs may take
 FORMAT = 2  # to be raised with every change of what `last.cpt` holds
@@ -149,7 +149,7 @@ class Training:
     """All that changes while a method is trained.
 
     `epoch` is the one that is being trained, `step` counts those of it that are done, `sums` adds up their losses by
-    tag; `history` holds what is known of the epochs before. `events` is TensorBoard's writer, if there is one.
+    tag; `history` holds the means of the epochs before. `events` is TensorBoard's writer, if there is one.
 
     Args:
         file: what `save` writes; None: nothing is saved.
@@ -202,7 +202,7 @@ class Training:
             self.method.train()
 
     def note(self, step: int, scalars: dict[str, float]) -> None:
-        """Add up the losses of a step, by tag, and tell TensorBoard. Raises RunError if the loss is not finite.
+        """Add up the losses of a step, by tag, and tell TensorBoard. Raises NonFiniteError if the loss is not finite.
 
         Args:
             step: of the epoch.
@@ -210,7 +210,7 @@ class Training:
         total = scalars["loss/total_loss"]
         if not math.isfinite(total):
             self.step = step  # an earlier one than that which is being done
-            raise RunError(f"the loss became {total}: try a smaller --lr or a larger --T")
+            raise NonFiniteError(f"the loss became {total}: try a smaller --lr or a larger --T")
         for name, value in scalars.items():
             self.sums[name] = self.sums.get(name, 0.0) + value
             if self.events:

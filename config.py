@@ -28,7 +28,8 @@ def _notes(value: str) -> str | None:
 
 
 def _path(value: str) -> str | None:
-    return None if value.isprintable() else "is not a printable UTF-8 path"
+    odd = any(ord(letter) < 32 or 0xD800 <= ord(letter) < 0xE000 for letter in value)
+    return "is not a path in UTF-8 without control characters" if odd else None
 
 
 FLAGS: dict[str, tuple[Flag, ...]] = {
@@ -163,7 +164,7 @@ def recipe_line(config: Config) -> str:
     recipe = recipe_defaults(config.recipe, config.method)
     names = [name for name in LOGGED if name in recipe] + [name for name in recipe if name not in LOGGED]
     flags = ", ".join(f"{name}={getattr(config, name)}" for name in names)
-    own = ", ".join(f"{name}={recipe[name]}" for name in departures(config))
+    own = ", ".join(f"{name}={recipe[name]}" for name in names if getattr(config, name) != recipe[name])
     return f"recipe {config.recipe}: {flags} ({f'the recipe itself has {own}' if own else 'as the recipe has them'})"
 
 

@@ -20,6 +20,7 @@ from utils import LOG, InputError, worker_count
 
 NOT_COMPARABLE = "Results are not comparable with published ones."
 NAMED = 20  # bad images in a warning
+NUSWIDE_SIZES = (2100, 193734)  # queries, and all others
 CIFAR10_CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 
 
@@ -38,8 +39,8 @@ class Source:
 
 @dataclass(frozen=True)
 class Splits:
-    """What a protocol makes of a data set. `mirrored`: whether a mirror image is the same thing (a flipped digit
-    is not), so that the views may flip. `canonical`: False if files are not the published ones."""
+    """What a protocol makes of a data set. `mirrored`: whether the views may flip, as the data set's row says (a
+    flipped digit is not the same thing). `canonical`: False if files are not the published ones."""
 
     train: Images | ImageFiles
     query: Images | ImageFiles
@@ -174,9 +175,10 @@ def load_nuswide(source: Source) -> Splits:
     if len(both):
         LOG.warning("WARNING: %d queries are in the database too, %s the first.", len(both), both[0])
     sizes = len(splits.query), len(splits.database)
-    canonical = sizes == (2100, 193734) and not len(both)
+    canonical = sizes == NUSWIDE_SIZES and not len(both)
     if not canonical:
-        LOG.warning("WARNING: %d queries and %d others, NUS-WIDE has 2100 and 193734. %s", *sizes, NOT_COMPARABLE)
+        counts = *sizes, *NUSWIDE_SIZES
+        LOG.warning("WARNING: %d queries and %d others, NUS-WIDE has %d and %d. %s", *counts, NOT_COMPARABLE)
     return replace(splits, canonical=canonical)
 
 
@@ -191,7 +193,7 @@ DATASETS = {
 
 
 def class_names(dataset: str, list_root: Path) -> tuple[str, ...]:
-    """Names of a data set's labels in their order; empty if nobody knows them. Raises InputError if the list of them
+    """Names of a data set's labels in their order; empty if it has none. Raises InputError if the list of them
     cannot be read."""
     row = DATASETS[dataset]
     path = list_root / row.lists / "concepts.txt"

@@ -80,7 +80,7 @@ class EncodedImage:
 
 
 @cache
-def _opencv() -> ModuleType:
+def opencv() -> ModuleType:
     """OpenCV, on one thread: data loaders have a process per core."""
     import cv2
 
@@ -90,7 +90,7 @@ def _opencv() -> ModuleType:
 
 def _decoded_by_opencv(content: bytes, scale: int) -> np.ndarray | None:
     """A JPEG's pixels, RGB, as they are stored: no EXIF orientation. None if OpenCV cannot decode it."""
-    cv2 = _opencv()
+    cv2 = opencv()
     flags = {1: 0, 2: cv2.IMREAD_REDUCED_GRAYSCALE_2, 4: cv2.IMREAD_REDUCED_GRAYSCALE_4,
              8: cv2.IMREAD_REDUCED_GRAYSCALE_8}[scale] | cv2.IMREAD_IGNORE_ORIENTATION  # fmt: skip
     rgb = getattr(cv2, "IMREAD_COLOR_RGB", None)  # since 4.11

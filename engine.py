@@ -27,6 +27,8 @@ from results import (
     Events,
     Files,
     StepLog,
+    Stopwatch,
+    git_commit,
     read_codes,
     report,
     save_model,
@@ -35,9 +37,9 @@ from results import (
 from utils import (
     LOG,
     InputError,
+    NonFiniteError,
     RunError,
     Stopped,
-    Stopwatch,
     load_object,
     one_line,
     progress_bar,
@@ -52,7 +54,7 @@ from utils import (
 def build(config: Config) -> tuple[Splits, Method]:
     """Data and method of a run, the same whenever the seed is. Raises InputError if either cannot be had."""
     seed_everything(config.seed)
-    # what is wrong with a file of weights is said before a long look at the data; a download comes after it
+    # what is wrong with a file of weights is said before the data is checked; a download comes after it
     method = None if config.weights == "imagenet" else build_method(config)
     splits = build_splits(config)
     return splits, method or build_method(config)
@@ -83,8 +85,11 @@ def build_method(config: Config) -> Method:
 
 def build_loader(config: Config, splits: Splits) -> TwoViews:
     """Both views of the training images, in batches."""
-    options = ViewOptions(config.views, config.image_size, config.batch_size, config.seed)
-    return loaders.train_loader(splits, options, config.device, config.num_workers)
+    return loaders.train_loader(splits, view_options(config), config.device, config.num_workers)
+
+
+def view_options(config: Config) -> ViewOptions:
+    return ViewOptions(config.views, config.image_size, config.batch_size, config.seed)
 
 
 def build_features(config: Config, backbone: Backbone, images: dict[str, Images | ImageFiles]) -> dict[str, Features]:
@@ -160,7 +165,7 @@ def backward(total: Tensor) -> None:
         total.backward()
     except RuntimeError as error:
         if "returned nan values" in str(error):
-            raise RunError(one_line(error)) from error
+            raise NonFiniteError(one_line(error)) from error
         raise
 
 
@@ -173,11 +178,11 @@ def train(training: Training, loader: TwoViews, validate: Callable[[], float], m
 
     Raises RunError on a non-finite loss, naming epoch, step and the last good checkpoint, and Stopped on a signal.
     """
-    signals, watch = training.signals, training.stopwatch
+    signals = training.signals
     with naming_checkpoint(model_path, training), signals.deferred():
         while not training.finished:
             loader.set_epoch(training.epoch, training.step)
-            with watch.measure("train"), torch.autograd.set_detect_anomaly(training.loop.detect_anomaly):
+            with training.stopwatch.measure("train"), torch.autograd.set_detect_anomaly(training.loop.detect_anomaly):
                 means = train_epoch(training, loader)
             LOG.info(
                 "epoch %d: avg loss=%.6f, avg quantization error=%.6f",
@@ -248,7 +253,7 @@ def encode(method: Method, batches: Features, output: Callable[[Tensor], Tensor]
         sound.append((z.abs() < 1e15).all())  # not so large, either, that similarities overflow
         rows.append(output(z))
     if not torch.stack(sound).all():
-        raise RunError("the embeddings are not finite numbers: try a smaller --lr or a larger --T")
+        raise NonFiniteError("the embeddings are not finite numbers: try a smaller --lr or a larger --T")
     return torch.cat(rows)
 
 
@@ -269,7 +274,7 @@ def measure(
 ) -> retrieval.Metrics | float:  # fmt: skip
     """`retrieval.evaluate` or `retrieval.mean_average_precision` of encoded queries and database."""
     if not all(p.isfinite().all() for name, p in method.named_parameters() if not name.startswith("backbone.")):
-        raise RunError("what is learned are not finite numbers: try a smaller --lr or a larger --T")
+        raise NonFiniteError("a learned parameter is not finite: try a smaller --lr or a larger --T")
     labels = [torch.from_numpy(part.labels).to(queries.device) for part in (splits.query, splits.database)]
     with progress_bar(None, "rank queries", total=len(queries)) as bar:
         return metric(method.tables, queries, codes.to(queries.device), labels, topK, on_chunk=bar.update)
@@ -296,45 +301,37 @@ def test(
 test.__test__ = False  # not a pytest function
 
 
-def check_codes(codes: np.ndarray, method: Method, images: Images | ImageFiles, how: Preprocessing) -> Tensor:
-    """Saved codes `[n, M]` of the database, once some of its images, encoded anew, have shown that they fit.
-
-    Raises InputError if they do not.
-    """
+def saved_codes(path: Path, method: Method, images: Images | ImageFiles, how: Preprocessing) -> Tensor:
+    """The codes `[n, M]` of the database that lie beside a checkpoint, once 64 of its images, encoded anew, have shown
+    that they fit. Raises InputError if they do not."""
+    codes, file = read_codes(path, method.M, method.K, images.labels), path.with_name("db_codes.npy")
     probe = np.linspace(0, len(images), min(64, len(images)), endpoint=False).astype(int)
     anew = encode_database(method, Computed(method.backbone, images.subset(probe), how)).cpu().numpy()
     agree, chance = (float((anew == np.roll(codes[probe], shift, axis=0)).mean()) for shift in (0, 1))
     if agree < chance + 0.8 * (1 - chance):  # rounding differs between devices, a model's codes do not
         raise InputError(
-            f"db_codes.npy: only {agree:.0%} of the codes of {len(probe)} images are the checkpoint's: move the file "
-            "away to have the database encoded"
+            f"{file}: only {agree:.0%} of the codes of {len(probe)} images are the checkpoint's: move the file away "
+            "to have the database encoded"
         )
-    LOG.info("database codes as saved (of %d images encoded anew, %.1f%% agree)", len(probe), 100 * agree)
+    LOG.info("database codes from %s (of %d images encoded anew, %.1f%% agree)", file, len(probe), 100 * agree)
     return torch.from_numpy(codes.astype(np.uint8 if method.K <= 256 else np.int32))
 
 
 # ---------------------------------------------------------------- a run
 
 
-def run(
-    config: Config,
-    files: Files,
-    log: Path,
-    state: dict | None = None,
-    signals: Signals | None = None,
-    check_lock: Callable[[], None] = lambda: None,
-) -> dict:
+def run(config: Config, files: Files, log: Path, state: dict | None = None, signals: Signals | None = None) -> dict:
     """Train, test the best model, and leave every file of a run. Returns what went into `metrics.json`.
 
     Args:
         log: where the log is written until the run has all it needs and takes its place.
         state: of `last.cpt`, to go on from there.
-        check_lock: see `utils.locked`.
     """
     splits, method = build(config)
+    told = described(config, splits)
     loader = build_loader(config, splits)
     training = start(config, method, loader, files.last, fingerprint(splits, method.backbone))
-    training.signals, training.check_lock = signals or training.signals, check_lock
+    training.signals, training.check_lock = signals or training.signals, files.check_lock
     if state:
         training.restore(state)
         LOG.info("going on in epoch %d, with step %d", training.epoch, training.step)
@@ -351,15 +348,15 @@ def run(
         train(training, loader, lambda: validate(method, features, splits, config.topK), files.model)
     load_best(training, files.model)
     digest = sha256(files.model)  # before the test: a file may be replaced
-    check_lock()
     with training.stopwatch.measure("test"):
         metrics, codes = test(method, features, splits, config.topK)
-    told = described(config, splits) | training.summary() | {"model_sha256": digest}
+    told |= training.summary() | {"model_sha256": digest}
     return report(files, splits.database.labels, metrics, codes, told)
 
 
 def load_best(training: Training, path: Path) -> None:
     """Load the best checkpoint of a training; write it if nothing was trained."""
+    training.check_lock()
     if not training.history:
         save_model(training.method, path)
         return
@@ -374,10 +371,9 @@ def run_test(config: Config, files: Files, log: Path) -> dict:
     for the database; under `--limit` it is encoded. Returns what went into `metrics.json`."""
     checkpoint, stopwatch = Path(config.checkpoint), Stopwatch()
     splits, method = build(config)
-    codes = None
+    told, codes = described(config, splits), None
     if checkpoint.with_name("db_codes.npy").exists() and config.limit is None:
-        saved = read_codes(checkpoint, method.M, method.K, splits.database.labels)
-        codes = check_codes(saved, method, splits.database, preprocessing(config))
+        codes = saved_codes(checkpoint, method, splits.database, preprocessing(config))
     with stopwatch.measure("features"):
         if codes is None:
             features = build_features(config, method.backbone, {"query": splits.query, "database": splits.database})
@@ -388,12 +384,12 @@ def run_test(config: Config, files: Files, log: Path) -> dict:
     digest = sha256(checkpoint)
     with stopwatch.measure("test"):
         metrics, codes = test(method, features, splits, config.topK, codes)
-    told = {"epochs_run": 0, "best_epoch": None, "history": [], "seconds": stopwatch.seconds, "model_sha256": digest}
-    return report(files, splits.database.labels, metrics, codes, described(config, splits) | told)
+    told |= {"epochs_run": 0, "best_epoch": None, "history": [], "seconds": stopwatch.seconds, "model_sha256": digest}
+    return report(files, splits.database.labels, metrics, codes, told)
 
 
 def described(config: Config, splits: Splits) -> dict:
-    """What `metrics.json` says of a run's configuration and images."""
+    """What `metrics.json` says of a run's configuration, images and code; to be taken when it begins."""
     flags = {name: getattr(config, name) for name in ("topK", "recipe", "method", "notes", "dataset", "seed", "limit")}
-    bits = {"bits": code_bits(config), "canonical_data": splits.canonical}
-    return flags | bits | {"device": device_name(config.device), "config": recorded(config)}
+    more = {"bits": code_bits(config), "canonical_data": splits.canonical, "git_commit": git_commit()}
+    return flags | more | {"device": device_name(config.device), "config": recorded(config)}

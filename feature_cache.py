@@ -13,16 +13,16 @@ from collections.abc import Iterator
 from functools import reduce
 from pathlib import Path
 
-import loaders
 import numpy as np
 import PIL
 import torch
 import torchvision
-from loaders import TEST_BATCH, Preprocessing
 from torch import Tensor
 
+import loaders
 import transforms
 from distributed import CPU_CHUNK, processor_name
+from loaders import TEST_BATCH, Preprocessing
 from methods.backbones import Backbone
 from readers import ImageFiles, Images
 from utils import LOG, InputError, atomic_write, check_writable, locked, progress_bar, sha256, write_json

@@ -18,28 +18,28 @@ def run(config: Config) -> None:
     from distributed import use_device
     from results import Files
 
-    precision = use_device(config.device, config.precision)
+    asked = config.precision
+    config = config.replace(precision=use_device(config.device, asked))
     files = Files(Path(config.output), config.notes)
     check_place(config, files.checkpoints, files.model)
     for folder in (files.checkpoints, files.log.parent if config.disable_writer else files.tensorboard):
         check_writable(folder)
     busy = f"--notes {config.notes}: another process is at this run"
-    with Signals() as signals, locked(files.checkpoints / ".lock", busy, wait=False) as check_lock:
+    with Signals() as signals, locked(files.checkpoints / ".lock", busy, wait=False) as files.check_lock:
         if config.resume and is_finished(files, config):
             print(f"{files.checkpoints} is finished: nothing to do")
             return
         state = find_state(files, config)
         with new_log(files.log, beside=bool(files.present())) as log, logging_to(log):
             LOG.info(recipe_line(config))
-            if precision != config.precision:
-                LOG.warning("WARNING: this GPU has no bfloat16: running with --precision %s", precision)
-            config = config.replace(precision=precision)
+            if config.precision != asked:
+                LOG.warning("WARNING: this GPU has no bfloat16: running with --precision %s", config.precision)
             for flag, value in sorted(recorded(config).items()):
                 LOG.info("--%s %s", flag, json.dumps(value))
             if config.test_only:
                 engine.run_test(config, files, log)
             else:
-                engine.run(config, files, log, state, signals, check_lock)
+                engine.run(config, files, log, state, signals)
             LOG.info("results are in %s", files.checkpoints)
 
 
@@ -62,7 +62,7 @@ def start(argv: list[str] | None) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Exit code 0; 2 for bad input; 1 for a run that failed; 130 when interrupted."""
+    """Exit code 0; 2 for bad input; 1 for a run that failed; 128 + its number for a signal (130: interrupted)."""
     return run_script(lambda: start(argv))
 
 

@@ -8,13 +8,16 @@ import shutil
 import subprocess
 import sys
 import threading
+import time
 import tokenize
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import PIL
 import torch
 import torchvision
 from tensorboard.backend.event_processing.event_file_loader import LegacyEventFileLoader  # keeps values as they are
@@ -33,10 +36,14 @@ RUN_FILES = (
 
 @dataclass
 class Files:
-    """Where a run writes: `logs/<notes>.log`, `logs/<notes>/` and `checkpoints/<notes>/` below the output folder."""
+    """Where a run writes: `logs/<notes>.log`, `logs/<notes>/` and `checkpoints/<notes>/` below the output folder.
+
+    `check_lock` raises RunError if the run is no longer this process's, see `utils.locked`.
+    """
 
     output: Path
     notes: str
+    check_lock: Callable[[], None] = lambda: None
 
     @property
     def log(self) -> Path:
@@ -119,12 +126,9 @@ def report(files: Files, db_labels: np.ndarray, metrics: Metrics, db_codes: Tens
     precisions = metrics.p_at_k[1].tolist()
     ranks = [rank for rank in (1, 10, 100, 1000, 5000) if rank <= len(precisions)]
     LOG.info("test %s", ", ".join(f"P@{rank}={precisions[rank - 1]:.6f}" for rank in ranks))
+    files.check_lock()
     save_results(metrics, db_codes.cpu(), db_labels, files.checkpoints)
-    where = {
-        "peak_memory_mb": peak_memory(told["config"]["device"]),
-        "versions": versions(),
-        "git_commit": git_commit(),
-    }
+    where = {"peak_memory_mb": peak_memory(told["config"]["device"]), "versions": versions()}
     results = {"map": metrics.map} | told | where
     write_json(files.metrics, results)
     return results
@@ -135,7 +139,10 @@ class Events:
 
     def __init__(self, folder: Path) -> None:
         self.writer: SummaryWriter | None = None
-        self._try(lambda _: setattr(self, "writer", SummaryWriter(str(folder))), always=True)
+        try:
+            self.writer = SummaryWriter(str(folder))
+        except OSError as error:
+            self._give_up(error)
 
     def add_scalar(self, tag: str, value: float, step: int) -> None:
         self._try(lambda writer: writer.add_scalar(tag, value, step))
@@ -156,13 +163,16 @@ class Events:
         if not isinstance(error.thread, _AsyncWriterThread):
             self.hook(error)
 
-    def _try(self, action: Callable[[SummaryWriter], object], always: bool = False) -> None:
+    def _try(self, action: Callable[[SummaryWriter], object]) -> None:
         try:
-            if self.writer or always:
+            if self.writer:
                 action(self.writer)
         except Exception as error:  # whatever its thread met
-            self.writer = None
-            LOG.warning("WARNING: TensorBoard's files cannot be written (%s): going on without them", one_line(error))
+            self._give_up(error)
+
+    def _give_up(self, error: Exception) -> None:
+        self.writer = None
+        LOG.warning("WARNING: TensorBoard's files cannot be written (%s): going on without them", one_line(error))
 
 
 class StepLog:
@@ -312,7 +322,22 @@ def read_codes(checkpoint: Path, M: int, K: int, db_labels: np.ndarray) -> np.nd
     return codes
 
 
-# ---------------------------------------------------------------- where it ran
+# ---------------------------------------------------------------- how long it took, and where it ran
+
+
+class Stopwatch:
+    """Seconds spent in each phase of a run."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+
+    @contextmanager
+    def measure(self, phase: str) -> Iterator[None]:
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.seconds[phase] = self.seconds.get(phase, 0.0) + time.perf_counter() - start
 
 
 def peak_memory(device: str) -> dict[str, float | None]:
@@ -325,20 +350,23 @@ def peak_memory(device: str) -> dict[str, float | None]:
     return {"process": process, "largest_worker": worker, "gpu": gpu}
 
 
-def versions() -> dict[str, str | None]:
-    """Versions of Python, of the libraries that decide numbers, and of this project."""
+def versions() -> dict[str, str]:
+    """Versions of Python and of the libraries that decide numbers."""
     return {
         "python": platform.python_version(),
         "torch": torch.__version__,
         "torchvision": torchvision.__version__,
         "numpy": np.__version__,
+        "pillow": PIL.__version__,
     }
 
 
 def git_commit() -> str | None:
-    """The commit of this project's checkout, with "-dirty" behind it if files were changed; None outside git."""
-    folder = str(Path(__file__).parent)
-    command = ["git", "-C", folder, "describe", "--always", "--abbrev=40", "--dirty", "--exclude=*"]
+    """The commit of this project's checkout, with "-dirty" behind it if files were changed; None if it is not one."""
+    folder = Path(__file__).resolve().parent
+    if not (folder / ".git").exists():
+        return None
+    command = ["git", "-C", str(folder), "describe", "--always", "--abbrev=40", "--dirty", "--exclude=*"]
     try:
         return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip()  # noqa: S603
     except (OSError, subprocess.SubprocessError):

@@ -10,7 +10,6 @@ import math
 from collections.abc import Callable
 from functools import cache
 
-import cv2
 import numpy as np
 import torch
 from kornia.enhance import adjust_hue
@@ -19,7 +18,8 @@ from torch import Tensor
 from torchvision import transforms
 from torchvision.transforms.v2.functional import resized_crop
 
-cv2.setNumThreads(1)  # data loaders have a process per core
+from decoding import opencv
+
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 SCALE, RATIO = (0.5, 1.0), (3 / 4, 4 / 3)  # of the crop: its share of the area, its width / height
 JITTER = transforms.ColorJitter(0.4, 0.4, 0.4, 0.1)
@@ -34,6 +34,7 @@ class Blur:
 
     def __call__(self, picture: Image.Image) -> Image.Image:
         sigma = torch.empty(1).uniform_(*BLUR_SIGMAS).item()
+        cv2 = opencv()
         return Image.fromarray(cv2.GaussianBlur(np.asarray(picture), (3, 3), sigma, borderType=cv2.BORDER_REFLECT_101))
 
     def __repr__(self) -> str:

@@ -19,7 +19,6 @@ import signal
 import stat
 import sys
 import tempfile
-import time
 import zipfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -41,6 +40,10 @@ class InputError(Exception):
 
 class RunError(Exception):
     """A run that failed (a non-finite loss, a full disk): one line, exit code 1."""
+
+
+class NonFiniteError(RunError):
+    """A training that came to numbers that are not finite."""
 
 
 class Stopped(KeyboardInterrupt):
@@ -69,10 +72,9 @@ def run_script(script: Callable[[], int | None]) -> int:
         if sys.stdout:
             sys.stdout.flush()
         return code
-    except BrokenPipeError:
-        _discard_output()
-        return 128 + signal.SIGPIPE
     except (InputError, RunError, OSError) as error:  # OSError: a file failed under a sound run
+        if isinstance(error, BrokenPipeError) and _output_is_closed():
+            return 128 + signal.SIGPIPE
         _say(f"error: {one_line(error)}")
         return 2 if isinstance(error, InputError) else 1
     except Stopped as error:
@@ -87,13 +89,18 @@ def _say(line: str) -> None:
     """Print to standard error, if there is one."""
     with suppress(OSError, ValueError):
         if sys.stderr:
-            print(line, file=sys.stderr)
+            print(line.encode("utf-8", "backslashreplace").decode(), file=sys.stderr)
 
 
-def _discard_output() -> None:
-    """Let Python's last flush of a closed pipe go to nowhere."""
-    with suppress(OSError, ValueError):
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+def _output_is_closed() -> bool:
+    """Whether the reader of standard output went away; then Python's last flush goes to nowhere."""
+    try:
+        sys.stdout.flush()
+        return False
+    except (OSError, ValueError):
+        with suppress(OSError, ValueError):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return True
 
 
 def one_line(error: BaseException) -> str:
@@ -133,7 +140,7 @@ def load_object(path: str) -> Any:
     return getattr(importlib.import_module(module), name)
 
 
-# ---------------------------------------------------------------- seeding, time, workers
+# ---------------------------------------------------------------- seeding, workers
 
 
 def seed_everything(seed: int) -> None:
@@ -149,21 +156,6 @@ def sample_seed(*parts: int) -> int:
     """One 63-bit seed from several numbers, say (seed, epoch, image): the same on every machine."""
     words = np.random.SeedSequence([part % 2**64 for part in parts]).generate_state(2, np.uint32)
     return (int(words[0]) << 31) ^ int(words[1])
-
-
-class Stopwatch:
-    """Seconds spent in each phase of a run."""
-
-    def __init__(self) -> None:
-        self.seconds: dict[str, float] = {}
-
-    @contextmanager
-    def measure(self, phase: str) -> Iterator[None]:
-        start = time.perf_counter()
-        try:
-            yield
-        finally:
-            self.seconds[phase] = self.seconds.get(phase, 0.0) + time.perf_counter() - start
 
 
 def worker_count(num_workers: int) -> int:
@@ -201,9 +193,11 @@ class _Screen(logging.StreamHandler):
             with tqdm.external_write_mode(file=self.stream):
                 super().emit(record)
 
-    def handleError(self, _: logging.LogRecord) -> None:  # noqa: N802
-        _discard_output()
-        self.stream = None
+    def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802
+        if isinstance(sys.exc_info()[1], UnicodeError):
+            print(self.format(record).encode("ascii", "backslashreplace").decode(), file=self.stream)
+        elif _output_is_closed():
+            self.stream = None
 
 
 class _LogFile(logging.FileHandler):
@@ -345,8 +339,10 @@ def write_tensors(content: dict, path: Path) -> None:
     buffer = io.BytesIO()  # torch.save itself does not end well on a full disk
     try:
         torch.save(content, buffer)
-    except RuntimeError as error:  # its zip writer, if the buffer cannot grow
-        raise MemoryError(one_line(error)) from error
+    except RuntimeError as error:
+        if "inline_container" in str(error):  # its zip writer, if the buffer cannot grow
+            raise MemoryError(one_line(error)) from error
+        raise
     with atomic_write(path, "w+b") as file:
         file.write(buffer.getbuffer())
         file.flush()

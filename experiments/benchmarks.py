@@ -21,7 +21,6 @@ from data import Splits
 from decoding import EncodedImage
 from experiments import naive
 from feature_cache import Computed
-from loaders import ViewOptions
 from methods.mecoq import MeCoQ
 from optimizer import build_optimizer
 from results import Files
@@ -137,15 +136,11 @@ def decode_all(paths: list[Path], opencv: bool, least: tuple[int, int] | None) -
         _ = image.decoded(least) if opencv else np.array(image.by_pillow(least))
 
 
-def view_options(config: Config) -> ViewOptions:
-    return ViewOptions(config.views, config.image_size, config.batch_size, config.seed)
-
-
 def views(config: Config, options: Options) -> list[dict]:
     """Both views of all training images."""
     splits = engine.build_splits(config)
     ours = engine.build_loader(config, splits)
-    theirs = naive.train_loader(splits, view_options(config), config.num_workers)
+    theirs = naive.train_loader(splits, engine.view_options(config), config.num_workers)
     times = compare(lambda: [None for _ in ours], lambda: [None for _ in theirs], config.device, options.repeats)
     return [row(f"views at {config.image_size} px", times, 2 * len(splits.train))]
 
@@ -292,7 +287,7 @@ def plain_epochs(method: MeCoQ, splits: Splits, config: Config, epochs: int) -> 
     Every second epoch is trained with the memory; what it takes counts as often as a run of ours would use it.
     """
     net, optimizer = naive.strip(method.backbone), build_optimizer(method, config)
-    loader = naive.train_loader(splits, view_options(config), config.num_workers)
+    loader = naive.train_loader(splits, engine.view_options(config), config.num_workers)
     training, validation = [], []
 
     def train(use_memory: bool) -> None:

@@ -66,11 +66,13 @@ def parse(parser: Parser, argv: list[str] | None, *packages: str) -> tuple[Names
     own.bits.sort()
     given = config.parse_flags(flags)
     for flag in REFUSED:
-        if given[flag] not in (None, False, "."):
+        if given.get(flag) not in (None, False, "."):
             raise InputError(f"--{flag} has no place here: this script makes many runs")
     for flag in flags:
         if flag.partition("=")[0] in OWN:
             raise InputError(f"{flag}: --datasets, --bits and --seeds say it here")
+    if given["method"] != "MeCoQ":
+        raise InputError(f"--method {given['method']}: the paper's tables and figures are MeCoQ's")
     if given["epoch_num"] < 1:
         raise InputError("--epoch_num must be at least 1 here")
     return own, flags
@@ -101,7 +103,7 @@ def configured(dataset: str, bits: int, seed: int, flags: list[str], **change: o
     """The configuration of one training: the published script's flags, those given, and then `change`. Raises
     InputError if they make no sense."""
     values = script_values(dataset, bits, tuple(flags)) | {"seed": seed, "notes": "trial"} | change
-    if values["memory"] == "none":
+    if values.get("memory") == "none":
         values["queue_begin_epoch"] = -1
     return config.resolve(values)
 

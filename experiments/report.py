@@ -11,6 +11,7 @@ the queries it shows the best, the worst, and those in the middle.
 import argparse
 import html
 import sys
+import warnings
 from argparse import Namespace
 from collections.abc import Callable
 from itertools import cycle
@@ -134,6 +135,7 @@ def for_gallery(configuration: Config, checkpoint: Path, own: Namespace) -> Conf
     values = vars(configuration) | {name: value for name, value in given.items() if value is not None}
     values |= {"test_only": True, "checkpoint": str(checkpoint), "download_cifar10": False}
     values |= {"memory": "none", "queue_begin_epoch": -1}  # of training only
+    values["device"] = "cuda:0" if values["device"] == "cuda" else values["device"]
     config.check(values)
     return Config(values)
 
@@ -262,7 +264,9 @@ def read_curve(path: Path) -> "np.ndarray":
     import numpy as np
 
     try:
-        curve = np.loadtxt(path, ndmin=2)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # NumPy's about an empty file; one line says it below
+            curve = np.loadtxt(path, ndmin=2)
     except (OSError, ValueError) as error:
         raise InputError(f"{path} is not readable ({error}): test the run again") from error
     if len(curve) != 2 or not curve.size:
@@ -273,7 +277,7 @@ def read_curve(path: Path) -> "np.ndarray":
 # ---------------------------------------------------------------- the page
 
 
-def read_codes(files: "Files", M: int, K: int) -> "tuple[np.ndarray, np.ndarray]":
+def database_codes(files: "Files", M: int, K: int) -> "tuple[np.ndarray, np.ndarray]":
     """The database's codes `[n, M]` and labels. Raises InputError if no such codebooks made them."""
     from results import read_array
 
@@ -296,14 +300,14 @@ def gallery(metrics: dict, configuration: Config, files: "Files", own: Namespace
         raise InputError(f"{path} is not the model that the run's metrics.json is of; --queries 0: no gallery")
     configuration = for_gallery(configuration, path, own)
     precision = use_device(configuration.device, configuration.precision)
-    codes, labels = read_codes(files, configuration.M, configuration.K)
+    codes, labels = database_codes(files, configuration.M, configuration.K)
     search = Search(configuration.replace(precision=precision), codes, labels)
     return shown(search, own.queries)
 
 
 def page(metrics: dict, configuration: Config, files: "Files", own: Namespace) -> str:
     """The whole HTML. Raises InputError if the run's files do not belong together."""
-    codes, _ = read_codes(files, configuration.M, configuration.K)
+    codes, _ = database_codes(files, configuration.M, configuration.K)
     body = head(metrics, configuration) + training_curves(metrics, configuration)
     body += result_curves(files, codes, configuration.K)
     if own.queries:

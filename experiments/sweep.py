@@ -25,6 +25,7 @@ from results import Files
 from utils import (
     LOG,
     InputError,
+    NonFiniteError,
     RunError,
     check_writable,
     locked,
@@ -153,7 +154,7 @@ def run_trial(configuration: Config, shared: SharedBySeed, folder: Path, callbac
         try:
             result = train(configuration, its, folder, callback)
         except RunError as error:
-            if not isinstance(error.__cause__, RunError):  # a disk or a worker failed, not the training
+            if not isinstance(error.__cause__, NonFiniteError):  # a disk, a worker or an image failed, not the training
                 raise
             result = {"map": None, "history": [], "rows": [], "error": one_line(error)}
         return result | {"config": config.recorded(configuration)}

@@ -127,6 +127,7 @@ def main(argv: list[str] | None = None) -> None:
 
     sweep.check(own, trials[0].config.device)
     frame = run_baselines(frozen, own)
+    prepared.cache_clear()  # its memory is wanted
     frame = pd.concat([frame, sweep.run_trials(trials, own).drop(columns="result")])
     theirs = {**{method: f"{method}+VGG" for method in BASELINES}, published.OURS: published.OURS}
     frame["published"] = [

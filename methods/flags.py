@@ -12,7 +12,7 @@ Rule = Callable[[object], str | None]  # a value -> what is wrong with it
 #   images    the images and labels of a run           features  what the frozen layers make of a test image
 #   views     the augmented views                      result    anything else that comes out
 #   weights   results, by a file whose content is compared instead of its name
-#   speed     how fast or how safely a run goes        place     where it reads and writes
+#   speed     how fast or safely a run goes; rounding    place     where it reads and writes
 #   action    what is done with a run, not what it is
 AFFECTS = ("images", "features", "views", "result", "weights", "speed", "place", "action")
 
@@ -53,7 +53,7 @@ class Flag:
         if isinstance(value, float) and not math.isfinite(value):
             return "must be a finite number"
         if isinstance(value, float) and abs(value) > 1e30:
-            return "is beyond single precision"
+            return "is too large"
         if isinstance(value, int) and value >= 2**32:
             return "is beyond any machine"
         return self.rule(value) if self.rule and value is not None else None

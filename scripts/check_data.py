@@ -24,7 +24,6 @@ AUTHORS = {  # SHA-256 of the lists that the authors of MeCoQ used, whatever the
     "Flickr25k/targets.txt": "82c30c54f5fdba75c6330532a42dc02ec183491f8155879a33d8706e3a3987c1",
     "Nuswide/test.txt": "33fa053f059d5a9167d7e0b9f398670a5d3f516e09b4cd210e22ef3a0bd7513a",
 }
-NUSWIDE_OTHERS = 193734
 
 
 def histogram(labels: np.ndarray, concepts: tuple[str, ...]) -> str:
@@ -69,8 +68,8 @@ def describe_lists(dataset: str, splits: data.Splits, list_root: Path) -> None:
         print(f"  {name}: {'' if list_digest(list_root / name) == digest else 'not '}the authors' list")
     if dataset == "NUSWIDE":
         for name, images in (("train", splits.train), ("database", splits.database)):
-            as_many = len(images) == NUSWIDE_OTHERS
-            verdict = "as many as the authors have" if as_many else f"the authors have {NUSWIDE_OTHERS}"
+            as_many = len(images) == data.NUSWIDE_SIZES[1]
+            verdict = "as many as the authors have" if as_many else f"the authors have {data.NUSWIDE_SIZES[1]}"
             print(f"  {folder}/{name}.txt: {len(images)} images, {verdict}")
 
 

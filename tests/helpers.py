@@ -8,6 +8,7 @@ import time
 import zipfile
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -27,6 +28,8 @@ from readers import ImageFiles, Images
 from utils import run_script
 
 ROOT = Path(__file__).resolve().parent.parent
+HOSTILE = "MECOQ_HOSTILE" in os.environ
+SEED = int(os.environ.get("MECOQ_FAULT_SEED", "2022"))
 GOLDEN = Path(os.environ.get("MECOQ_GOLDEN", ROOT / "tests" / "golden"))
 
 SMALL = [
@@ -221,3 +224,41 @@ def zipped(folder, path):
         for file in sorted(folder.rglob("*")):
             archive.write(file, file.relative_to(folder))
     return path
+
+
+# ---------------------------------------------------------------- damage
+
+
+def truncated(content, generator):
+    return content[: generator.integers(len(content))]
+
+
+def bit_flipped(content, generator):
+    content = bytearray(content)
+    content[generator.integers(len(content))] ^= 1 << generator.integers(8)
+    return bytes(content)
+
+
+def overwritten(content, generator):
+    start, size = generator.integers(len(content)), generator.integers(1, 200)
+    return content[:start] + generator.bytes(size) + content[start + size :]
+
+
+def lengthened(content, generator):
+    return content + generator.bytes(generator.integers(1, 1000))
+
+
+def emptied(content, generator):
+    return b""
+
+
+DAMAGES = (truncated, bit_flipped, overwritten, lengthened, emptied)
+
+
+def damages(name: str, n: int) -> Iterator[tuple[str, Callable[[bytes], bytes]]]:
+    """n ways to damage a file's content, each with its name; the same for the same `name` of a kind of file."""
+    generator = np.random.default_rng([SEED, *name.encode()])
+    first = int(generator.integers(len(DAMAGES)))
+    for i in range(n):
+        damage = DAMAGES[(first + i) % len(DAMAGES)]
+        yield f"{i}-{damage.__name__}", partial(damage, generator=generator)

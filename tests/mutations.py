@@ -201,7 +201,7 @@ MUTATIONS: dict[str, tuple[Mutation, ...]] = {
         M("utils.py", "(int(words[0]) << 31) ^ int(words[1])", "(int(words[0]) << 30) ^ int(words[1])", "loaders",
           "streams"),
         M("utils.py", "return 2 if isinstance(error, InputError) else 1", "return 1", "main", "absent"),
-        M("utils.py", "self.seconds.get(phase, 0.0) + time", "time", "utils"),
+        M("results.py", "self.seconds.get(phase, 0.0) + time", "time", "results", "phase"),
         M("utils.py", "return min(num_workers, len(", "return max(num_workers, len(", "utils"),
     ),
     "flags and the optimiser": (

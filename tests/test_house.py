@@ -11,7 +11,8 @@ from helpers import ROOT
 # bottom to top: a module imports modules of lower rows only, or of its own row, without a circle
 ORDER = [
     {"utils"},
-    {"decoding", "transforms", "retrieval", "distributed", "loss"},
+    {"decoding"},
+    {"transforms", "retrieval", "distributed", "loss"},
     {"readers"},
     {"data"},
     {"loaders", "methods.flags"},

@@ -373,7 +373,7 @@ def test_check_data_counts_the_lists_of_nuswide(photo_root, tmp_path, capsys, mo
     assert "Nuswide/train.txt: 70 images, the authors have 193734" in text
     shutil.copy(ROOT / "data" / "Nuswide" / "test.txt", tmp_path / "data" / "Nuswide")
     module = load("check_data")
-    monkeypatch.setattr(module, "NUSWIDE_OTHERS", 70)
+    monkeypatch.setattr(data, "NUSWIDE_SIZES", (2100, 70))
     assert module.main([str(flag) for flag in flags]) == 1
     text = capsys.readouterr().out
     assert "Nuswide/test.txt: the authors' list" in text

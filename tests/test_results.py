@@ -9,6 +9,7 @@ import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+import results
 import utils
 from results import Events, Files, StepLog, read_array, read_metrics, save_results, take_place
 from retrieval import Metrics
@@ -159,3 +160,18 @@ def test_tensorboard_that_cannot_be_written_stops_nothing(tmp_path, monkeypatch)
         events.flush()
     assert len(said) == 1
     assert "going on without them" in said[0][0]
+
+
+# ---------------------------------------------------------------- how long it took
+
+
+def test_a_phase_that_comes_again_adds_up(monkeypatch):
+    clock = iter([10.0, 11.5, 20.0, 20.25, 30.0, 34.0])
+    monkeypatch.setattr(results.time, "perf_counter", lambda: next(clock))
+    watch = results.Stopwatch()
+    for phase in ("train", "validate"):
+        with watch.measure(phase):
+            pass
+    with pytest.raises(ZeroDivisionError), watch.measure("train"):
+        1 / 0  # noqa: B018
+    assert watch.seconds == {"train": 1.5 + 4.0, "validate": 0.25}

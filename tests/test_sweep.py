@@ -14,7 +14,7 @@ import loss
 import main
 from config import Config
 from experiments import flags, sweep
-from utils import InputError, RunError
+from utils import InputError, NonFiniteError, RunError
 
 FLAGS = [*FROZEN[:-2], "--limit", "300", "--epoch_num", "2", "--queue_begin_epoch", "1", "--queue_size", "48",
          "--mode", "debias", "--pos_prior", "0.1", "--T", "0.3", "--topK", "20", "--num_workers", "0"]  # fmt: skip
@@ -110,7 +110,7 @@ def test_a_training_that_fails_leaves_its_row_empty(place, tmp_path, monkeypatch
 
     def diverging(configuration, *others):
         if configuration.hp_gamma == 0:
-            raise RunError("epoch 1, step 2: the loss became nan") from RunError("the loss became nan")
+            raise RunError("epoch 1, step 2: the loss became nan") from NonFiniteError("the loss became nan")
         return real(configuration, *others)
 
     monkeypatch.setattr(sweep, "train", diverging)
@@ -120,7 +120,11 @@ def test_a_training_that_fails_leaves_its_row_empty(place, tmp_path, monkeypatch
     frame = pd.read_csv(tmp_path / "table2.csv").set_index("method")["map"]
     assert frame.isna().sum() == 1
     assert np.isnan(frame["w/o codeword diversity"])
-    monkeypatch.setattr(sweep, "train", lambda *_: (_ for _ in ()).throw(RunError("no space left on device")))
+
+    def unreadable(*_):
+        raise RunError("epoch 0, step 1: im1.jpg became unreadable") from RunError("im1.jpg became unreadable")
+
+    monkeypatch.setattr(sweep, "train", unreadable)  # that says nothing of the method, and is not kept
     assert call("table2", *given, "--seeds", "2", f"--trials={tmp_path}", f"--results={tmp_path}") == 1
 
 

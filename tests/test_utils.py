@@ -115,19 +115,7 @@ def test_a_log_that_cannot_be_written_stops_nothing(tmp_path, capsys):
     assert "Traceback" not in output.err
 
 
-# ---------------------------------------------------------------- time, workers
-
-
-def test_a_phase_that_comes_again_adds_up(monkeypatch):
-    clock = iter([10.0, 11.5, 20.0, 20.25, 30.0, 34.0])
-    monkeypatch.setattr(utils.time, "perf_counter", lambda: next(clock))
-    watch = utils.Stopwatch()
-    for phase in ("train", "validate"):
-        with watch.measure(phase):
-            pass
-    with pytest.raises(ZeroDivisionError), watch.measure("train"):
-        1 / 0  # noqa: B018
-    assert watch.seconds == {"train": 1.5 + 4.0, "validate": 0.25}
+# ---------------------------------------------------------------- workers
 
 
 def test_there_are_as_many_workers_as_asked_for_but_no_more_than_cores(monkeypatch):

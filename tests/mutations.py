@@ -185,7 +185,7 @@ MUTATIONS: dict[str, tuple[Mutation, ...]] = {
     "results, writes, locks": (
         M("results.py", "np.uint8 if db_codes.dtype == torch.uint8 else np.uint16", "np.uint16", "results engine",
           "one_byte or a_byte"),
-        M("results.py", "codes.max() >= K", "codes.max() > K", "test_only", "do_not_fit"),
+        M("results.py", "codes.max() >= K", "codes.max() > K", "results", "saved_codes"),
         M("results.py", 'if model_of_codes not in (None, sha256(checkpoint)):', "if False:", "test_only",
           "another_model"),
         M("results.py", "if len(self.waiting) == self.interval or self.done + len(self.waiting) == self.steps:",

@@ -11,7 +11,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 import results
 import utils
-from results import Events, Files, StepLog, read_array, read_metrics, save_results, take_place
+from results import Events, Files, StepLog, read_array, read_codes, read_metrics, save_results, take_place
 from retrieval import Metrics
 from utils import InputError
 
@@ -67,6 +67,20 @@ def test_metrics_of_no_run_are_refused(content, tmp_path):
         read_metrics(path)
     path.write_text(json.dumps({"config": {"seed": 1}, "map": 0.5}))
     assert read_metrics(path)["map"] == 0.5
+
+
+@pytest.mark.parametrize(("code", "sound"), [(-1, False), (0, True), (63, True), (64, False)])
+def test_saved_codes_are_numbers_of_codewords(code, sound, tmp_path):
+    """Of 64, counted from 0; one out of range would be read from beyond its table."""
+    labels, codes = np.array([4, 2, 2]), np.array([[5, 7], [1, code], [9, 2]], np.int16)
+    np.save(tmp_path / "db_codes.npy", codes)
+    model = tmp_path / "model.cpt"
+    model.write_bytes(b"")
+    if sound:
+        assert read_codes(model, 2, 64, labels).tolist() == codes.tolist()
+    else:
+        with pytest.raises(InputError, match=f"a code is .*{code}.*codewords are 0 to 63"):
+            read_codes(model, 2, 64, labels)
 
 
 # ---------------------------------------------------------------- the folder of a run

@@ -296,8 +296,8 @@ def locked(path: Path, busy: str, wait: bool) -> Iterator[Callable[[], None]]:
 
 
 def check_regular(path: Path) -> None:
-    """Raise InputError if `path` is there and is not a regular file: a folder, a device, a pipe."""
-    if path.exists() and not stat.S_ISREG(path.stat().st_mode):
+    """Raise InputError if `path` is there and is not a regular file: a folder, a device, a pipe, a link to itself."""
+    if (path.exists() and not stat.S_ISREG(path.stat().st_mode)) or Path(os.path.realpath(path)).is_symlink():
         raise InputError(f"{path} is not a regular file: name another one")
 
 
@@ -308,7 +308,7 @@ def atomic_write(path: Path, mode: str = "wb") -> Iterator[IO]:
     Whatever happens, `path` holds either its old content or the whole new one. What a killed run leaves is overwritten
     by the next. Of a link, the target is written. Raises InputError if `path` is there and is not a regular file.
     """
-    path = path.resolve() if path.is_symlink() else path
+    path = Path(os.path.realpath(path)) if path.is_symlink() else path
     check_regular(path)
     temporary = path.with_name(f".{path.name}.tmp")
     try:

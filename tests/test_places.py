@@ -1,14 +1,17 @@
 """Files that are no files, locks that are taken away, and memory that runs out while something is saved."""
 
 import os
+import pickle
 import re
 import subprocess
 import sys
+import zipfile
 
 import pytest
 import torch
 from helpers import ROOT
 
+import main
 import utils
 from utils import InputError, RunError, atomic_write, locked, run_script, write_tensors
 
@@ -19,7 +22,7 @@ RUN = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize("kind", ["folder", "fifo", "device", "link to a device"])
+@pytest.mark.parametrize("kind", ["folder", "fifo", "device", "link to a device", "link to itself"])
 def test_only_regular_files_are_written(kind, tmp_path):
     path = tmp_path / "target"
     if kind == "folder":
@@ -29,7 +32,7 @@ def test_only_regular_files_are_written(kind, tmp_path):
     elif kind == "device":
         os.mknod(path, 0o20666, os.makedev(1, 3))
     else:
-        path.symlink_to("/dev/full")
+        path.symlink_to("/dev/full" if "device" in kind else path)
     before = path.lstat()
     with pytest.raises(InputError, match="is not a regular file"), atomic_write(path) as file:
         file.write(b"x")
@@ -117,3 +120,38 @@ def test_memory_that_runs_out_while_saving_is_said_in_one_line(tmp_path, monkeyp
     assert error.startswith("error: out of memory")
     assert error.count("\n") == 1
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("name", ["db_codes.npy", "metrics.json", "last.cpt"])
+def test_a_folder_in_the_place_of_a_result_loses_nothing(name, tmp_path, capsys):
+    """--overwrite removes the old run's files only once it is clear that all can be removed."""
+    assert main.main([*RUN, "--output", str(tmp_path)]) == 0
+    folder = tmp_path / "checkpoints/x"
+    (folder / name).unlink()
+    (folder / name).mkdir()
+    before = {path: path.read_bytes() for path in folder.iterdir() if path.is_file()}
+    capsys.readouterr()
+    assert main.main([*RUN, "--output", str(tmp_path), "--overwrite"]) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1
+    assert str(folder / name) in error
+    assert {path: path.read_bytes() for path in folder.iterdir() if path.is_file()} == before
+
+
+@pytest.mark.parametrize("kind", ["raw pickle", "sparse", "old zip of code"])
+def test_pytorch_says_nothing_beside_the_one_line(kind, tmp_path):
+    path = tmp_path / "model.cpt"
+    if kind == "raw pickle":
+        path.write_bytes(pickle.dumps({"a": 1}))
+    elif kind == "sparse":
+        state = {"projection.weight": torch.eye(8).to_sparse_csr(), "quantizer.codebooks": torch.ones(2, 8, 4)}
+        torch.save(state, path)
+    else:
+        with zipfile.ZipFile(path, "w") as archive:
+            archive.writestr("model/code/x.py", "")
+            archive.writestr("model/constants.pkl", b"")
+    flags = [*RUN, "--test_only", "--checkpoint", path, "--output", tmp_path]
+    command = [sys.executable, ROOT / "main.py", *flags]
+    result = subprocess.run(list(map(str, command)), capture_output=True, text=True, check=False)
+    assert result.returncode == 2
+    assert result.stderr.count("\n") == 1, result.stderr

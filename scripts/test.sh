@@ -2,11 +2,14 @@
 # Checks the style and runs the tests; further arguments are passed on to pytest.
 #   --all      all of them, with hundreds of kills and damaged files
 #   --hostile  only those of kills, damaged files, full disks, strange flags and images, by the hundred
+#   --mutants  changes the code in many small ways, each of which some test must notice; further arguments are those of
+#              tests/mutants.py
 set -euo pipefail
 source "$(dirname "$0")/venv.sh" requirements-test.txt
 
 tests=(tests)
 case "${1:-}" in
+    --mutants) exec "$python" tests/mutants.py "${@:2}" ;;
     --all) export MECOQ_HOSTILE=1 && shift ;;
     --hostile)
         export MECOQ_HOSTILE=1

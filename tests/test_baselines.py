@@ -1,5 +1,7 @@
 """Baselines against faiss's own search, brute force, and the definitions in their papers."""
 
+import math
+
 import faiss
 import numpy as np
 import pytest
@@ -52,6 +54,18 @@ def test_features_are_centred_and_of_unit_length(made):
         np.testing.assert_allclose(np.linalg.norm(array, axis=1), 1, atol=1e-5)
     assert np.abs(features["train"].mean(axis=0)).max() < 0.02  # before they were normalised it was 0
     assert np.isfinite(baselines.prepared({"train": np.ones((3, 2))})["train"]).all()
+
+
+def test_all_splits_are_centred_by_the_mean_of_the_training_features():
+    """Splits whose means differ, in float64: what is learned of the others would be learned of the test."""
+    generator = np.random.default_rng(0)
+    sizes = {"train": (20, 1.0), "query": (5, -2.0), "database": (30, 4.0)}
+    raw = {name: (generator.normal(size=(n, 6)) + shift).astype(np.float32) for name, (n, shift) in sizes.items()}
+    mean = [sum(float(row[i]) for row in raw["train"]) / 20 for i in range(6)]
+    for name, array in baselines.prepared(raw).items():
+        for row, ours in zip(raw[name].tolist(), array, strict=True):
+            centred = np.array(row) - mean
+            np.testing.assert_allclose(ours, centred / math.sqrt(sum(centred**2)), atol=1e-6)
 
 
 @pytest.mark.parametrize("bits", BITS)

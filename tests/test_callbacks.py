@@ -3,8 +3,9 @@
 import numpy as np
 import pytest
 import torch
-from helpers import FROZEN, config_of
+from helpers import FROZEN, config_of, method_of, splits_of
 
+import engine
 from experiments import callbacks, sweep
 from methods.mecoq import CodebookAttention, used_codewords
 
@@ -76,6 +77,23 @@ def trained(weights, tmp_path_factory):
 def test_callbacks_change_nothing(trained):
     recorded, plain, _ = trained
     assert recorded["history"] == plain["history"]
+
+
+def test_batch_statistics_and_dropout_are_as_without_callbacks():
+    """The callbacks see the method as it encodes, the steps between them as it learns."""
+    config, found = config_of(), []
+    loader = engine.build_loader(config, splits_of("Digits", limit=40))
+    for called in (False, True):
+        seen = []
+        call = [lambda method, *_, seen=seen: seen.append((method.training, torch.is_grad_enabled()))] if called else []
+        method = method_of(config)
+        training = engine.start(config, method, loader, callbacks=call)
+        means = engine.train_epoch(training, loader)
+        assert seen == [(False, False)] * len(loader) * called
+        found.append((means, {name: x.clone() for name, x in method.state_dict().items()}))
+    (plain_means, plain), (means, state) = found
+    assert means == plain_means
+    assert all(torch.equal(x, plain[name]) for name, x in state.items())
 
 
 def test_an_epoch_has_a_row(trained):

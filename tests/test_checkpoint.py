@@ -74,6 +74,23 @@ def test_a_restored_training_is_the_same_in_every_part(kind, tmp_path):
     assert engine.train_epoch(first, loader) == engine.train_epoch(second, loader)
 
 
+def test_patience_and_times_of_a_restored_training_are_those_of_before(tmp_path):
+    config = config_of("--monitor_counter", "3", "--epoch_num", "9")
+    loader = engine.build_loader(config, splits_of("Digits", limit=20))
+    first, second = (engine.start(config, method_of(config), loader, tmp_path / "last.cpt", "data") for _ in range(2))
+    for value in (0.25, 0.5, 0.375, 0.125):
+        first.patience.improved(value)
+    first.stopwatch.seconds = {"train": 12.5}
+    first.epoch, first.history = 4, [{"epoch": 3, "val_mAP": 0.125}]
+    first.save()
+    second.restore(checkpoint.read_state(tmp_path / "last.cpt", config))
+    assert (second.patience.best, second.patience.worse_in_a_row, second.saved_best) == (0.5, 2, 0.5)
+    assert (second.stopwatch.seconds, second.epoch, second.history) == ({"train": 12.5}, 4, first.history)
+    assert not second.finished
+    second.patience.improved(0.5)
+    assert second.finished
+
+
 def test_frozen_weights_are_not_saved_again():
     names = checkpoint.changing(method_of(config_of(*FROZEN, "--trainable_layer_num", "1")))
     assert {name for name in names if name.startswith("backbone.")} == {

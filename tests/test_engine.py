@@ -109,6 +109,9 @@ def test_log_keeps_the_released_lines_and_tensorboard_its_tags(finished):
     ) | {"val_mAP": 2}
     assert {tag: len(events.Scalars(tag)) for tag in events.Tags()["scalars"]} == expected
     assert [e.step for e in events.Scalars("lr")] == list(range(steps))
+    for tag in ("loss/total_loss", "quant_err"):  # an epoch's number is the mean of its seven steps
+        means = np.array([e.value for e in events.Scalars(tag)]).reshape(2, 7).mean(axis=1)
+        np.testing.assert_allclose([epoch[tag] for epoch in metrics["history"]], means, rtol=1e-6)
 
 
 @pytest.mark.parametrize("interval", ["1", "3", "1000"])

@@ -5,12 +5,14 @@ import hashlib
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 import data
 import loaders
 import transforms
 from data import Splits
-from readers import Images
+from decoding import EncodedImage
+from readers import ImageFiles, Images
 
 
 def pictures(n=23):
@@ -74,6 +76,71 @@ def test_an_image_has_other_views_in_each_epoch(kind, place, photo_root):
         assert not torch.equal(pair[0], second[i][0])
         assert not torch.equal(pair[1], second[i][1])
         assert not torch.equal(*pair)
+
+
+def one_sided(right, folder=None):
+    """Images that are dark on their left or `right` `[n]`, in memory or in a folder: each crop is wide enough to show
+    it, and no colour operation turns it."""
+    pixels = np.full((len(right), 32, 32, 3), 60, np.uint8)
+    pixels[~right, :, 16:] = 190
+    pixels[right, :, :16] = 190
+    images = Images(pixels, np.arange(len(right)))
+    if folder is None:
+        return images
+    names = [f"{i}.png" for i in range(len(right))]
+    for i, name in enumerate(names):
+        images.picture(i).save(folder / name)
+    return ImageFiles(folder, np.array(names), images.labels[:, None])
+
+
+def dark_on_the_right(views):
+    return views[..., :8].mean(dim=(1, 2, 3)) > views[..., 24:].mean(dim=(1, 2, 3))
+
+
+@pytest.mark.parametrize("kind", ["batched", "pil"])
+@pytest.mark.parametrize("place", ["memory", "disk"])
+@pytest.mark.parametrize("mirrored", [False, True])
+def test_views_are_mirrored_only_if_that_is_the_same_thing(mirrored, kind, place, tmp_path):
+    images = one_sided(np.zeros(40, dtype=bool), tmp_path if place == "disk" else None)
+    turned = dark_on_the_right(torch.cat(list(train_loader(Splits(images, images, images, mirrored), kind))))
+    assert len(turned) == 80
+    assert 25 < turned.sum() < 55 if mirrored else not turned.any()
+
+
+@pytest.mark.parametrize("kind", ["batched", "pil"])
+@pytest.mark.parametrize("place", ["memory", "disk"])
+def test_the_first_views_of_a_batch_come_first_in_the_order_of_the_second(kind, place, tmp_path):
+    right = np.random.default_rng(0).random(43) < 0.5
+    images = one_sided(right, tmp_path if place == "disk" else None)
+    loader = train_loader(Splits(images, images, images, mirrored=False), kind, batch_size=10)
+    rows = [[index for index, _ in batch] for batch in loader.batches]
+    assert [len(row) for row in rows] == [10, 10, 10, 10, 3]
+    for row, views in zip(rows, loader, strict=True):
+        for half in dark_on_the_right(views).chunk(2):
+            assert half.tolist() == right[row].tolist()
+
+
+def test_photos_are_decoded_at_the_smallest_size_that_is_enough_for_both_crops(tmp_path, monkeypatch):
+    Image.fromarray(np.zeros((300, 500, 3), np.uint8)).save(tmp_path / "a.jpg")
+    images = ImageFiles(tmp_path, np.array(["a.jpg"]), np.zeros((1, 1)))
+    original, sizes = EncodedImage.decoded, []
+
+    def decoded(image, least):
+        pixels = original(image, least)
+        sizes.append(pixels.shape)
+        return pixels
+
+    monkeypatch.setattr(EncodedImage, "decoded", decoded)
+    found = set()
+    for seed in range(60):
+        _, drawn = loaders.photo_views(images, True, 66, 0, seed)
+        scale = round(300 / sizes[-1][0])
+        assert sizes[-1] == (-(-300 // scale), -(-500 // scale), 3)
+        least = float(drawn[:, transforms.CROP][:, 2:].min())
+        assert least / scale >= 66 - 1  # whole pixels
+        assert scale == 8 or least / (2 * scale) < 66 + 1
+        found.add(scale)
+    assert found == {2, 4}
 
 
 @pytest.mark.parametrize("kind", ["batched", "pil"])

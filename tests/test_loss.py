@@ -70,6 +70,17 @@ def test_negative_term_in_float32_at_a_low_temperature():
     assert float(ours) == pytest.approx(math.log(200) - 1 / 0.05, rel=1e-6)
 
 
+def test_negatives_that_the_correction_cancels_leave_the_bound_and_a_finite_gradient():
+    """Two negatives at s- = 0 and n rho exp(s+ / tau) = 2: nothing is left, and its logarithm has no slope."""
+    log_negatives = torch.zeros(1, 2, dtype=torch.float64, requires_grad=True)
+    log_positive = log_negatives.detach().logsumexp(dim=1).requires_grad_()
+    value = loss.log_negative_term(log_negatives, log_positive, T=0.5, pos_prior=0.5, n=2)
+    assert value.item() == pytest.approx(math.log(2) - 1 / 0.5, rel=1e-12)
+    value.backward()
+    assert log_negatives.grad.isfinite().all()
+    assert log_positive.grad.isfinite().all()
+
+
 def test_without_debiasing_it_is_the_cross_entropy_of_simclr():
     view1, view2 = torch.randn(2, 9, 5, dtype=torch.float64)
     z = F.normalize(torch.cat([view1, view2]), dim=1)

@@ -176,6 +176,14 @@ def test_bad_images_stop_the_run_or_are_left_out(damaged, caplog, monkeypatch):
     assert "and 4 more (scripts/check_data.py lists them)" in caplog.text
 
 
+def test_a_published_data_set_without_some_images_is_not_the_published_one(damaged, photo_root, monkeypatch):
+    row = data.DATASETS["NUSWIDE"]
+    as_published = replace(row, load=lambda source: replace(row.load(source), canonical=True))
+    monkeypatch.setitem(data.DATASETS, "NUSWIDE", as_published)
+    assert data.load_splits(nuswide(photo_root), skip_bad_images=True).canonical
+    assert not data.load_splits(nuswide(damaged[0]), skip_bad_images=True).canonical
+
+
 def test_an_image_that_becomes_unreadable_is_named(damaged):
     root, names = damaged
     images = data.load_nuswide(nuswide(root)).query
@@ -327,7 +335,17 @@ def test_reduced_sizes_are_those_of_pillows_draft_mode():
             assert image.decoded(least).shape == (theirs.size[1], theirs.size[0], 3)
 
 
-def test_images_that_are_no_plain_jpeg_are_pillows(tmp_path, monkeypatch):
+def pixels_for_views(images):
+    with images.opened(0) as image:
+        return image.decoded()
+
+
+def pixels_for_tests(images):
+    return np.asarray(images.picture(0))
+
+
+@pytest.mark.parametrize("pixels", [pixels_for_views, pixels_for_tests])
+def test_images_that_are_no_plain_jpeg_are_pillows(pixels, tmp_path, monkeypatch):
     photo = Image.fromarray(load_sample_images().images[0][:40, :50])
     for name, picture in (
         ("grey.jpg", photo.convert("L")),
@@ -340,12 +358,13 @@ def test_images_that_are_no_plain_jpeg_are_pillows(tmp_path, monkeypatch):
         picture.save(tmp_path / name)
         monkeypatch.setattr(decoding, "_decoded_by_opencv", None)
         theirs = np.asarray(Image.open(tmp_path / name).convert("RGB"))
-        np.testing.assert_array_equal(np.asarray(files(tmp_path, name).picture(0)), theirs)
+        np.testing.assert_array_equal(pixels(files(tmp_path, name)), theirs)
 
 
+@pytest.mark.parametrize("pixels", [pixels_for_views, pixels_for_tests])
 @pytest.mark.parametrize("progressive", [False, True])
-@pytest.mark.parametrize("kind", ["cut", "cut, with an end", "no end", "zeros", "marker"])
-def test_damaged_jpegs_end_as_pillow_ends_them(kind, progressive, tmp_path):
+@pytest.mark.parametrize("kind", ["cut", "cut, with an end", "early end", "no end", "zeros", "marker"])
+def test_damaged_jpegs_end_as_pillow_ends_them(kind, progressive, pixels, tmp_path):
     """Either both raise or both give the same pixels: OpenCV, asked alone, fills in what is missing."""
     generator = np.random.default_rng(0)
     raised = 0
@@ -355,6 +374,7 @@ def test_damaged_jpegs_end_as_pillow_ends_them(kind, progressive, tmp_path):
         damaged = {
             "cut": content[:place],
             "cut, with an end": content[:place] + b"\xff\xd9",
+            "early end": content[:place] + b"\xff\xd9" + content[place + 2 :],
             "no end": content[:-2],
             "zeros": content[:place] + bytes(20) + content[place + 20 :],
             "marker": content[:place] + b"\xff" + bytes([generator.integers(1, 255)]) + content[place + 2 :],
@@ -365,7 +385,7 @@ def test_damaged_jpegs_end_as_pillow_ends_them(kind, progressive, tmp_path):
         except OSError:
             raised += 1
             with pytest.raises(RunError, match=r"a.jpg became unreadable during the run"):
-                files(tmp_path, "a.jpg").picture(0)
+                pixels(files(tmp_path, "a.jpg"))
         else:
-            np.testing.assert_array_equal(np.asarray(files(tmp_path, "a.jpg").picture(0)), theirs)
+            np.testing.assert_array_equal(pixels(files(tmp_path, "a.jpg")), theirs)
     assert raised == 30 or kind != "cut"

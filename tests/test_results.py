@@ -7,9 +7,11 @@ import tokenize
 import numpy as np
 import pytest
 import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+import results
 import utils
-from results import Events, Files, StepLog, read_array, read_metrics, save_results
+from results import Events, Files, StepLog, read_array, read_codes, read_metrics, save_results, take_place
 from retrieval import Metrics
 from utils import InputError
 
@@ -67,6 +69,20 @@ def test_metrics_of_no_run_are_refused(content, tmp_path):
     assert read_metrics(path)["map"] == 0.5
 
 
+@pytest.mark.parametrize(("code", "sound"), [(-1, False), (0, True), (63, True), (64, False)])
+def test_saved_codes_are_numbers_of_codewords(code, sound, tmp_path):
+    """Of 64, counted from 0; one out of range would be read from beyond its table."""
+    labels, codes = np.array([4, 2, 2]), np.array([[5, 7], [1, code], [9, 2]], np.int16)
+    np.save(tmp_path / "db_codes.npy", codes)
+    model = tmp_path / "model.cpt"
+    model.write_bytes(b"")
+    if sound:
+        assert read_codes(model, 2, 64, labels).tolist() == codes.tolist()
+    else:
+        with pytest.raises(InputError, match=f"a code is .*{code}.*codewords are 0 to 63"):
+            read_codes(model, 2, 64, labels)
+
+
 # ---------------------------------------------------------------- the folder of a run
 
 
@@ -81,6 +97,52 @@ def test_nothing_is_removed_if_a_folder_stands_in_the_place_of_a_file(tmp_path):
     files.metrics.rmdir()
     files.clear()
     assert files.present() == []
+
+
+# ---------------------------------------------------------------- going on in the files of an earlier run
+
+LINE = "2024-05-01 10:00:00,123 - "
+TOLD = [
+    "recipe paper: pairing=own", "epoch 0: avg loss=2.500000, avg quantization error=0.1", "val mAP=0.200000",
+    "epoch 1: avg loss=2.400000, avg quantization error=0.1", "val mAP=0.300000", "WARNING: a slow disk",
+    "epoch 2: avg loss=2.300000, avg quantization error=0.1", "val mAP=0.250000",
+    "early stop: no better val mAP in 1 evaluations", "test mAP=0.300000", "test P@1=0.500000", "stopped by SIGTERM",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("epoch", "again"), [(0, {1, 2, 3, 4, 6, 7, 8}), (1, {3, 4, 6, 7, 8}), (2, {6, 7, 8}), (3, set())]
+)
+def test_the_log_loses_what_will_be_told_again_and_nothing_else(epoch, again, tmp_path):
+    files = Files(tmp_path, "x")
+    files.log.parent.mkdir()
+    files.log.write_text("".join(f"{LINE}{line}\n" for line in TOLD))
+    new = files.log.with_name("new.log")
+    new.write_text(f"{LINE}going on\n")
+    take_place(files, new, {"epoch": epoch, "steps": 0})
+    kept = [line for i, line in enumerate(TOLD) if i not in again | {9, 10}]
+    assert files.log.read_text() == "".join(f"{LINE}{line}\n" for line in [*kept, "going on"])
+    assert not new.exists()
+
+
+def test_tensorboards_files_lose_what_will_be_told_again_and_nothing_else(tmp_path):
+    """Going on in epoch 2, with step 5 of all: values of steps 0 to 4 and epochs 0 and 1 stay, once each."""
+    files = Files(tmp_path, "x")
+    files.checkpoints.mkdir(parents=True)
+    files.log.parent.mkdir()
+    files.log.write_text("")
+    for steps, epochs in ((range(4), range(1)), (range(2, 8), range(4))):  # the second run was one itself
+        with Events(files.tensorboard) as events:
+            for step in steps:
+                events.add_scalar("lr", step / 8, step)
+            for epoch in epochs:
+                events.add_scalar("val_mAP", epoch / 4, epoch)
+    take_place(files, files.log, {"epoch": 2, "steps": 5})
+    read = EventAccumulator(str(files.tensorboard)).Reload()
+    assert [(e.step, e.value) for e in read.Scalars("lr")] == [(step, step / 8) for step in range(5)]
+    assert [(e.step, e.value) for e in read.Scalars("val_mAP")] == [(0, 0.0), (1, 0.25)]
+    assert len(files.events()) == 1
+    assert not files.new_events.exists()
 
 
 # ---------------------------------------------------------------- what is told of steps
@@ -112,3 +174,18 @@ def test_tensorboard_that_cannot_be_written_stops_nothing(tmp_path, monkeypatch)
         events.flush()
     assert len(said) == 1
     assert "going on without them" in said[0][0]
+
+
+# ---------------------------------------------------------------- how long it took
+
+
+def test_a_phase_that_comes_again_adds_up(monkeypatch):
+    clock = iter([10.0, 11.5, 20.0, 20.25, 30.0, 34.0])
+    monkeypatch.setattr(results.time, "perf_counter", lambda: next(clock))
+    watch = results.Stopwatch()
+    for phase in ("train", "validate"):
+        with watch.measure(phase):
+            pass
+    with pytest.raises(ZeroDivisionError), watch.measure("train"):
+        1 / 0  # noqa: B018
+    assert watch.seconds == {"train": 1.5 + 4.0, "validate": 0.25}

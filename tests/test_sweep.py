@@ -175,6 +175,19 @@ def run_trial(folder, *given, callback=None, device="cpu"):
     return key
 
 
+def test_a_trial_with_a_callback_does_not_stop_early(tmp_path, monkeypatch):
+    patience = []
+
+    def train(configuration, *_):
+        patience.append(configuration.monitor_counter)
+        return {"map": 0.5, "history": []}
+
+    monkeypatch.setattr(sweep, "train", train)
+    for callback in (None, "CodebookUse"):
+        run_trial(tmp_path, "--monitor_counter=2", "--epoch_num=7", callback=callback)
+    assert patience == [2, 7]
+
+
 def test_the_key_of_a_trial_holds_what_changes_its_result_and_nothing_else(tmp_path, monkeypatch):
     """A flag at its default is in no key, so that a new flag makes nothing stale."""
     monkeypatch.setattr(sweep, "train", lambda *_: {"map": 0.5, "history": []})

@@ -72,6 +72,16 @@ def test_early_stopping_keeps_the_best_model(tmp_path, monkeypatch):
     assert torch.equal(seen[4], seen[1])  # the test uses the best model, not the last
 
 
+@pytest.mark.parametrize(("interval", "validated"), [(1, [0, 1, 2, 3, 4, 5, 6]), (3, [2, 5, 6]), (9, [6])])
+def test_validations_come_at_their_interval_and_after_the_last_epoch(interval, validated, tmp_path, monkeypatch):
+    values = iter(np.arange(1, 9) / 10)
+    monkeypatch.setattr(engine, "validate", lambda *_: float(next(values)))
+    folder = small_run(tmp_path, "--epoch_num", "7", "--eval_interval", str(interval), "--limit", "20")
+    history = json.loads((folder / "metrics.json").read_text())["history"]
+    assert [entry["epoch"] for entry in history] == list(range(7))
+    assert [entry["epoch"] for entry in history if "val_mAP" in entry] == validated
+
+
 # ---------------------------------------------------------------- how a run ends
 
 
@@ -185,6 +195,24 @@ def test_broken_weights_are_not_tested():
     method.projection.weight.data[0, 0] = math.nan
     with pytest.raises(RunError, match="not finite"):
         measured(method, splits, config)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf, 1e16])
+def test_one_embedding_that_is_not_finite_is_enough(value):
+    method = method_of(config_of())
+    rows = torch.randn(3, 5, 8)
+    assert engine.encode(method, Embedded(method, rows), method.codes, "").shape == (15, 2)
+    rows[1, 4, 6] = value
+    with pytest.raises(RunError, match="the embeddings are not finite"):
+        engine.encode(method, Embedded(method, rows), method.codes, "")
+
+
+class Embedded(list):
+    """Batches that are embeddings already: the method passes them on."""
+
+    def __init__(self, method, batches):
+        super().__init__(batches)
+        method.embed = lambda z: z
 
 
 # ---------------------------------------------------------------- the test

@@ -115,6 +115,14 @@ def test_a_log_that_cannot_be_written_stops_nothing(tmp_path, capsys):
     assert "Traceback" not in output.err
 
 
+# ---------------------------------------------------------------- workers
+
+
+def test_there_are_as_many_workers_as_asked_for_but_no_more_than_cores(monkeypatch):
+    monkeypatch.setattr(utils.os, "sched_getaffinity", lambda _: {0, 3, 5})
+    assert [utils.worker_count(asked) for asked in (0, 1, 3, 4, 100)] == [0, 1, 3, 3, 3]
+
+
 # ---------------------------------------------------------------- seeds, registries
 
 

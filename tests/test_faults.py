@@ -102,7 +102,7 @@ def plans(n):
         yield pytest.param(list(KINDS)[i % len(KINDS)], kills, id=f"{i}")
 
 
-@pytest.mark.parametrize(("kind", "kills"), list(plans(110 if HOSTILE else 4)))
+@pytest.mark.parametrize(("kind", "kills"), list(plans(125 if HOSTILE else 4)))
 def test_killed_runs_end_as_if_they_had_not_been(kind, kills, forked, undisturbed, tmp_path):
     flags, expected, points = undisturbed[kind]
     cache = ["--feature_cache", str(tmp_path / "cache")] if kind == "frozen" else []

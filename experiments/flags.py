@@ -102,10 +102,7 @@ def script_values(dataset: str, bits: int, flags: tuple[str, ...]) -> dict[str, 
 def configured(dataset: str, bits: int, seed: int, flags: list[str], **change: object) -> Config:
     """The configuration of one training: the published script's flags, those given, and then `change`. Raises
     InputError if they make no sense."""
-    values = script_values(dataset, bits, tuple(flags)) | {"seed": seed, "notes": "trial"} | change
-    if values.get("memory") == "none":
-        values["queue_begin_epoch"] = -1
-    return config.resolve(values)
+    return config.resolve(script_values(dataset, bits, tuple(flags)) | {"seed": seed, "notes": "trial"} | change)
 
 
 def departures(dataset: str, bits: int, flags: list[str]) -> str:

@@ -5,6 +5,7 @@ Imports no PyTorch: `--help`, `--dry_run` and a wrong flag answer at once.
 
 import argparse
 import re
+import unicodedata
 from argparse import BooleanOptionalAction, Namespace
 from collections.abc import Mapping
 from pathlib import Path
@@ -28,7 +29,7 @@ def _notes(value: str) -> str | None:
 
 
 def _path(value: str) -> str | None:
-    odd = any(ord(letter) < 32 or 0xD800 <= ord(letter) < 0xE000 for letter in value)
+    odd = any(unicodedata.category(letter) in ("Cc", "Cs", "Zl", "Zp") for letter in value)
     return "is not a path in UTF-8 without control characters" if odd else None
 
 

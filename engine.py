@@ -343,6 +343,7 @@ def run(config: Config, files: Files, log: Path, state: dict | None = None, sign
     if not state:
         training.save()
     elif training.best_is_now:  # it may have been stopped before it was written
+        files.check_lock()
         save_model(method, files.model)
     with nullcontext() if config.disable_writer else Events(files.tensorboard) as training.events:
         train(training, loader, lambda: validate(method, features, splits, config.topK), files.model)

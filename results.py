@@ -220,6 +220,7 @@ def take_place(files: Files, log: Path, state: dict | None) -> None:
     Args:
         log: the file that the run writes its log to until now; it becomes `files.log`.
     """
+    files.check_lock()
     kept = []
     if state:
         kept = _log_before(files.log, state["epoch"])

@@ -32,6 +32,9 @@ GREY = (0.299, 0.587, 0.114)  # ITU-R 601 luma, as Pillow has it
 class Blur:
     """Gaussian blur of 3 x 3 pixels by a random sigma, as OpenCV rounds it. PIL RGB image -> the same."""
 
+    def __init__(self) -> None:
+        opencv()  # imported here once, not in every worker of every epoch
+
     def __call__(self, picture: Image.Image) -> Image.Image:
         sigma = torch.empty(1).uniform_(*BLUR_SIGMAS).item()
         cv2 = opencv()

@@ -15,6 +15,7 @@ import logging
 import multiprocessing
 import os
 import random
+import select
 import signal
 import stat
 import sys
@@ -73,7 +74,7 @@ def run_script(script: Callable[[], int | None]) -> int:
             sys.stdout.flush()
         return code
     except (InputError, RunError, OSError) as error:  # OSError: a file failed under a sound run
-        if isinstance(error, BrokenPipeError) and _output_is_closed():
+        if _output_is_closed() and isinstance(error, BrokenPipeError):
             return 128 + signal.SIGPIPE
         _say(f"error: {one_line(error)}")
         return 2 if isinstance(error, InputError) else 1
@@ -93,14 +94,20 @@ def _say(line: str) -> None:
 
 
 def _output_is_closed() -> bool:
-    """Whether the reader of standard output went away; then Python's last flush goes to nowhere."""
+    """Whether standard output can no longer be written; then Python's last flush goes to nowhere."""
+    if sys.stdout is None:
+        return False
     try:
         sys.stdout.flush()
-        return False
+        pipe = select.poll()
+        pipe.register(sys.stdout.fileno(), 0)
+        closed = any(event & select.POLLERR for _, event in pipe.poll(0))  # a pipe without a reader
     except (OSError, ValueError):
+        closed = True
+    if closed:
         with suppress(OSError, ValueError):
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return True
+    return closed
 
 
 def one_line(error: BaseException) -> str:
@@ -194,9 +201,13 @@ class _Screen(logging.StreamHandler):
                 super().emit(record)
 
     def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802
-        if isinstance(sys.exc_info()[1], UnicodeError):
-            print(self.format(record).encode("ascii", "backslashreplace").decode(), file=self.stream)
-        elif _output_is_closed():
+        try:
+            if isinstance(sys.exc_info()[1], UnicodeError):
+                self.stream.write(ascii(self.format(record))[1:-1] + self.terminator)
+                self.flush()
+        except (OSError, ValueError):
+            pass
+        if _output_is_closed():
             self.stream = None
 
 

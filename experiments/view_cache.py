@@ -9,15 +9,18 @@ import hashlib
 import json
 import shutil
 from collections.abc import Iterator
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
+import kornia
 import numpy as np
+import PIL
 import torch
+import torchvision
 from torch import Tensor, nn
 
 import config
 from config import Config
+from decoding import opencv
 from distributed import processor_name
 from loaders import TwoViews
 from methods.backbones import Backbone
@@ -25,19 +28,6 @@ from results import read_array
 from utils import LOG, InputError, atomic_write, check_writable, locked, progress_bar, sha256, write_json
 
 FORMAT = 2  # to be raised with every change of what the values are or how they are kept
-
-
-LIBRARIES = ("torch", "torchvision", "kornia", "pillow")  # which make views, besides OpenCV
-
-
-def opencv_version() -> str:
-    """The version of whichever of OpenCV's packages is installed."""
-    for package in ("opencv-python-headless", "opencv-python"):
-        try:
-            return version(package)
-        except PackageNotFoundError:
-            continue
-    return ""
 
 
 def can_cache(backbone: Backbone) -> bool:
@@ -53,7 +43,7 @@ def cache_key(configuration: Config, fingerprint: str) -> dict[str, object]:
         **config.key(configuration, "images", "features", "views"),
         "sha256": fingerprint,
         "processor": processor_name(configuration.device),
-        "versions": [*map(version, LIBRARIES), opencv_version()],
+        "versions": [library.__version__ for library in (torch, torchvision, kornia, PIL, opencv())],
     }
 
 

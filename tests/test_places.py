@@ -11,6 +11,7 @@ import pytest
 import torch
 from helpers import ROOT
 
+import engine
 import main
 import utils
 from utils import InputError, RunError, atomic_write, locked, run_script, write_tensors
@@ -101,6 +102,47 @@ def test_a_run_whose_lock_is_removed_writes_no_more(tmp_path):
     assert re.fullmatch(r"error: epoch 0, step 3: .*\.lock was removed.*\n", result.stderr)
     state = torch.load(tmp_path / "checkpoints/x/last.cpt", weights_only=True)
     assert state["steps"] == 2  # saved before the third step
+
+
+def test_a_run_whose_lock_is_removed_before_it_begins_touches_nothing(tmp_path, monkeypatch, capsys):
+    assert main.main([*RUN, "--output", str(tmp_path)]) == 0
+    folder = tmp_path / "checkpoints/x"
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file() and path.name != ".lock"}
+    original = engine.build_features
+
+    def build_features(*arguments):
+        (folder / ".lock").unlink()
+        return original(*arguments)
+
+    monkeypatch.setattr(engine, "build_features", build_features)
+    capsys.readouterr()
+    assert main.main([*RUN, "--output", str(tmp_path), "--overwrite"]) == 1
+    assert ".lock was removed" in capsys.readouterr().err
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
+
+
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+@pytest.mark.parametrize(("output", "code"), [("| true", 141), (">/dev/full", 1), (">&-", 0)])
+def test_output_that_cannot_be_written(output, code, unbuffered, tmp_path):
+    program = f"import sys, time; sys.path.insert(0, {str(ROOT)!r}); from utils import run_script"
+    program += "; time.sleep(0.3); sys.exit(run_script(lambda: print('x' * 9)))"
+    command = f'set -o pipefail; {sys.executable} -c "$PROGRAM" {output}'
+    environment = os.environ | {"PROGRAM": program, "PYTHONUNBUFFERED": unbuffered}
+    result = subprocess.run(["bash", "-c", command], env=environment, capture_output=True, text=True, check=False)
+    assert result.returncode == code
+    assert result.stderr.count("\n") == (code == 1)
+
+
+def test_odd_letters_are_logged_on_an_output_that_has_none(tmp_path):
+    program = f"import sys; sys.path.insert(0, {str(ROOT)!r}); import utils; from pathlib import Path\n"
+    program += (
+        f"with utils.logging_to(Path({str(tmp_path)!r}) / 'a.log'): utils.LOG.info('caf\u00e9'); utils.LOG.info('two')"
+    )
+    environment = os.environ | {"PYTHONIOENCODING": "ascii", "PYTHONUTF8": "0"}
+    command = [sys.executable, "-c", program]
+    result = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+    assert [line.partition(" - ")[2] for line in result.stdout.splitlines()] == ["caf\\xe9", "two"]
+    assert result.stderr == ""
 
 
 def test_memory_that_runs_out_while_saving_is_said_in_one_line(tmp_path, monkeypatch, capsys):

@@ -48,6 +48,11 @@ class Splits:
     mirrored: bool = True
     canonical: bool = True
 
+    @property
+    def tested(self) -> dict[str, Images | ImageFiles]:
+        """The images of a test, by split: queries and database."""
+        return {"query": self.query, "database": self.database}
+
     def each(self, change: Callable) -> "Splits":
         """The same with `change` applied to the images of all three."""
         return replace(self, train=change(self.train), query=change(self.query), database=change(self.database))

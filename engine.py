@@ -275,7 +275,7 @@ def measure(
     """`retrieval.evaluate` or `retrieval.mean_average_precision` of encoded queries and database."""
     if not all(p.isfinite().all() for name, p in method.named_parameters() if not name.startswith("backbone.")):
         raise NonFiniteError("a learned parameter is not finite: try a smaller --lr or a larger --T")
-    labels = [torch.from_numpy(part.labels).to(queries.device) for part in (splits.query, splits.database)]
+    labels = [torch.from_numpy(part.labels).to(queries.device) for part in splits.tested.values()]
     with progress_bar(None, "rank queries", total=len(queries)) as bar:
         return metric(method.tables, queries, codes.to(queries.device), labels, topK, on_chunk=bar.update)
 
@@ -336,8 +336,7 @@ def run(config: Config, files: Files, log: Path, state: dict | None = None, sign
         training.restore(state)
         LOG.info("going on in epoch %d, with step %d", training.epoch, training.step)
     with training.stopwatch.measure("features"):
-        images = {"query": splits.query, "database": splits.database}
-        features = build_features(config, method.backbone, images)
+        features = build_features(config, method.backbone, splits.tested)
     take_place(files, log, state)
     write_json(files.checkpoints / "config.json", recorded(config))
     if not state:
@@ -377,7 +376,7 @@ def run_test(config: Config, files: Files, log: Path) -> dict:
         codes = saved_codes(checkpoint, method, splits.database, preprocessing(config))
     with stopwatch.measure("features"):
         if codes is None:
-            features = build_features(config, method.backbone, {"query": splits.query, "database": splits.database})
+            features = build_features(config, method.backbone, splits.tested)
         else:  # the queries once: not worth a cache
             features = {"query": Computed(method.backbone, splits.query, preprocessing(config))}
     take_place(files, log, None)

@@ -164,8 +164,7 @@ def encode(config: Config, options: Options) -> list[dict]:
 
     with tempfile.TemporaryDirectory() as folder:
         cached = config.replace(feature_cache=folder)
-        parts = {"query": splits.query, "database": images}
-        features = engine.build_features(cached, method.backbone, parts)["database"]
+        features = engine.build_features(cached, method.backbone, splits.tested)["database"]
         rows = []
         for name, side in {"computed": Computed(method.backbone, images, how), "cached": features}.items():
             times = compare(partial(engine.encode_database, method, side), theirs, config.device, options.repeats)
@@ -311,7 +310,7 @@ def plain_epochs(method: MeCoQ, splits: Splits, config: Config, epochs: int) -> 
 def plain_test(method: MeCoQ, net: torch.nn.Module, splits: Splits, config: Config, metric: Callable) -> object:
     """A metric of `naive.py` on a database that is encoded anew."""
     how, size = engine.preprocessing(config), config.batch_size
-    labels = [torch.from_numpy(images.labels).to(config.device) for images in (splits.query, splits.database)]
+    labels = [torch.from_numpy(images.labels).to(config.device) for images in splits.tested.values()]
     codes = method.codes(naive.encode(method, net, splits.database, how, size))
     queries = naive.encode(method, net, splits.query, how, size)
     with torch.no_grad():

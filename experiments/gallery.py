@@ -38,7 +38,7 @@ class Search:
                 f"the images of {configuration.dataset} are not those of the run: name their folder with --data_root"
             )
         self.names = class_names(configuration.dataset, Path(configuration.list_root))
-        images = {"query": self.splits.query, "database": self.splits.database}  # both: the run's cache is of both
+        images = self.splits.tested  # both: the run's cache is of both
         features = engine.build_features(configuration, self.method.backbone, images)
         self.queries = engine.encode_queries(self.method, features["query"])
         self.codes = torch.from_numpy(codes.astype(np.int32)).to(configuration.device)

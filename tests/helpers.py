@@ -81,7 +81,7 @@ def splits_of(dataset: str, *roots: Path, seed: int = 2021, limit: int | None = 
 
 def features_of(config: Config, method: Method, splits: Splits) -> dict:
     method.eval()
-    return engine.build_features(config, method.backbone, {"query": splits.query, "database": splits.database})
+    return engine.build_features(config, method.backbone, splits.tested)
 
 
 def change_images(monkeypatch: pytest.MonkeyPatch, dataset: str, change: Callable) -> None:

@@ -1,17 +1,16 @@
-"""A run: built from its configuration, trained, validated and tested."""
+"""A run: built from its configuration, trained, and tested."""
 
 import math
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
-import numpy as np
 import torch
 from torch import Tensor
 
 import data
+import evaluation
 import loaders
-import retrieval
 from checkpoint import Callback, Loop, Signals, StateFile, Training, fingerprint
 from config import Config, code_bits, key, recorded
 from data import Splits
@@ -29,7 +28,6 @@ from results import (
     StepLog,
     Stopwatch,
     git_commit,
-    read_codes,
     report,
     save_model,
     take_place,
@@ -236,87 +234,6 @@ def naming_checkpoint(path: Path, training: Training) -> Iterator[None]:
         raise RunError(f"{place}: {one_line(error)}; last good checkpoint: {best}") from error
 
 
-# ---------------------------------------------------------------- encoding, validation, test
-
-
-@torch.inference_mode()
-def encode(method: Method, batches: Features, output: Callable[[Tensor], Tensor], description: str) -> Tensor:
-    """`output` (`method.codes` or `method.query`) of the embeddings of images `[n, ...]`, on the run's device, in the
-    images' order.
-
-    Raises RunError if an embedding is not finite: its code would mean nothing.
-    """
-    method.eval()
-    rows, sound = [], []
-    for batch in progress_bar(batches, description):
-        z = method.embed(batch.float())
-        sound.append((z.abs() < 1e15).all())  # not so large, either, that similarities overflow
-        rows.append(output(z))
-    if not torch.stack(sound).all():
-        raise NonFiniteError("the embeddings are not finite numbers: try a smaller --lr or a larger --T")
-    return torch.cat(rows)
-
-
-def encode_database(method: Method, batches: Features) -> Tensor:
-    """Codes `[n, M]`."""
-    return encode(method, batches, method.codes, "encode database")
-
-
-def encode_queries(method: Method, batches: Features) -> Tensor:
-    """What `method.tables` takes, `[Q, ...]`."""
-    return encode(method, batches, method.query, "encode queries")
-
-
-@torch.inference_mode()
-def measure(
-    metric: Callable[..., retrieval.Metrics | float], method: Method, queries: Tensor, codes: Tensor, splits: Splits,
-    topK: int | None,
-) -> retrieval.Metrics | float:  # fmt: skip
-    """`retrieval.evaluate` or `retrieval.mean_average_precision` of encoded queries and database."""
-    if not all(p.isfinite().all() for name, p in method.named_parameters() if not name.startswith("backbone.")):
-        raise NonFiniteError("a learned parameter is not finite: try a smaller --lr or a larger --T")
-    labels = [torch.from_numpy(part.labels).to(queries.device) for part in splits.tested.values()]
-    with progress_bar(None, "rank queries", total=len(queries)) as bar:
-        return metric(method.tables, queries, codes.to(queries.device), labels, topK, on_chunk=bar.update)
-
-
-def validate(method: Method, features: dict[str, Features], splits: Splits, topK: int | None) -> float:
-    """MAP@K, as `test` finds it."""
-    queries = encode_queries(method, features["query"])
-    codes = encode_database(method, features["database"])
-    return measure(retrieval.mean_average_precision, method, queries, codes, splits, topK)
-
-
-def test(
-    method: Method, features: dict[str, Features], splits: Splits, topK: int | None, codes: Tensor | None = None
-) -> tuple[retrieval.Metrics, Tensor]:
-    """Encode queries and database (or take `codes` for it), rank, measure. Returns the metrics and the database's codes
-    `[n, M]`."""
-    if codes is None:
-        codes = encode_database(method, features["database"])
-    queries = encode_queries(method, features["query"])
-    return measure(retrieval.evaluate, method, queries, codes, splits, topK), codes
-
-
-test.__test__ = False  # not a pytest function
-
-
-def saved_codes(path: Path, method: Method, images: Images | ImageFiles, how: Preprocessing) -> Tensor:
-    """The codes `[n, M]` of the database that lie beside a checkpoint, once 64 of its images, encoded anew, have shown
-    that they fit. Raises InputError if they do not."""
-    codes, file = read_codes(path, method.M, method.K, images.labels), path.with_name("db_codes.npy")
-    probe = np.linspace(0, len(images), min(64, len(images)), endpoint=False).astype(int)
-    anew = encode_database(method, Computed(method.backbone, images.subset(probe), how)).cpu().numpy()
-    agree, chance = (float((anew == np.roll(codes[probe], shift, axis=0)).mean()) for shift in (0, 1))
-    if agree < chance + 0.8 * (1 - chance):  # rounding differs between devices, a model's codes do not
-        raise InputError(
-            f"{file}: only {agree:.0%} of the codes of {len(probe)} images are the checkpoint's: move the file away "
-            "to have the database encoded"
-        )
-    LOG.info("database codes from %s (of %d images encoded anew, %.1f%% agree)", file, len(probe), 100 * agree)
-    return torch.from_numpy(codes.astype(np.uint8 if method.K <= 256 else np.int32))
-
-
 # ---------------------------------------------------------------- a run
 
 
@@ -345,11 +262,11 @@ def run(config: Config, files: Files, log: Path, state: dict | None = None, sign
         files.check_lock()
         save_model(method, files.model)
     with nullcontext() if config.disable_writer else Events(files.tensorboard) as training.events:
-        train(training, loader, lambda: validate(method, features, splits, config.topK), files.model)
+        train(training, loader, lambda: evaluation.validate(method, features, splits, config.topK), files.model)
     load_best(training, files.model)
     digest = sha256(files.model)  # before the test: a file may be replaced
     with training.stopwatch.measure("test"):
-        metrics, codes = test(method, features, splits, config.topK)
+        metrics, codes = evaluation.test(method, features, splits, config.topK)
     told |= training.summary() | {"model_sha256": digest}
     return report(files, splits.database.labels, metrics, codes, told)
 
@@ -373,7 +290,7 @@ def run_test(config: Config, files: Files, log: Path) -> dict:
     splits, method = build(config)
     told, codes = described(config, splits), None
     if checkpoint.with_name("db_codes.npy").exists() and config.limit is None:
-        codes = saved_codes(checkpoint, method, splits.database, preprocessing(config))
+        codes = evaluation.saved_codes(checkpoint, method, splits.database, preprocessing(config))
     with stopwatch.measure("features"):
         if codes is None:
             features = build_features(config, method.backbone, splits.tested)
@@ -383,7 +300,7 @@ def run_test(config: Config, files: Files, log: Path) -> dict:
     write_json(files.checkpoints / "config.json", recorded(config))
     digest = sha256(checkpoint)
     with stopwatch.measure("test"):
-        metrics, codes = test(method, features, splits, config.topK, codes)
+        metrics, codes = evaluation.test(method, features, splits, config.topK, codes)
     told |= {"epochs_run": 0, "best_epoch": None, "history": [], "seconds": stopwatch.seconds, "model_sha256": digest}
     return report(files, splits.database.labels, metrics, codes, told)
 

@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 import engine
+import evaluation
 import retrieval
 from config import Config
 from data import Splits
@@ -167,7 +168,7 @@ def encode(config: Config, options: Options) -> list[dict]:
         features = engine.build_features(cached, method.backbone, splits.tested)["database"]
         rows = []
         for name, side in {"computed": Computed(method.backbone, images, how), "cached": features}.items():
-            times = compare(partial(engine.encode_database, method, side), theirs, config.device, options.repeats)
+            times = compare(partial(evaluation.encode_database, method, side), theirs, config.device, options.repeats)
             rows.append(row(f"encode, {name}", times, len(images)))
     rows[0]["share_of_matmul_peak"] = work * rows[0]["ours_per_second"] / peak
     rows[0]["matmul_peak_flops"] = peak

@@ -11,6 +11,7 @@ from PIL import Image
 from torch import Tensor
 
 import engine
+import evaluation
 import retrieval
 from config import Config
 from data import class_names
@@ -40,7 +41,7 @@ class Search:
         self.names = class_names(configuration.dataset, Path(configuration.list_root))
         images = self.splits.tested  # both: the run's cache is of both
         features = engine.build_features(configuration, self.method.backbone, images)
-        self.queries = engine.encode_queries(self.method, features["query"])
+        self.queries = evaluation.encode_queries(self.method, features["query"])
         self.codes = torch.from_numpy(codes.astype(np.int32)).to(configuration.device)
         both = [torch.from_numpy(part.labels).to(configuration.device) for part in images.values()]
         width = self.method.M * self.method.K

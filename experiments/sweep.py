@@ -15,6 +15,7 @@ from torch import Tensor
 
 import config
 import engine
+import evaluation
 from checkpoint import fingerprint, read_state
 from config import Config
 from distributed import check_device, use_device
@@ -119,7 +120,7 @@ def train(configuration: Config, shared: Shared, folder: Path, callback: str | N
     engine.train(
         training,
         loader,
-        lambda: engine.validate(method, shared.features, shared.splits, configuration.topK),
+        lambda: evaluation.validate(method, shared.features, shared.splits, configuration.topK),
         files.model,
     )
     best = max(epoch["val_mAP"] for epoch in training.history if "val_mAP" in epoch)

@@ -29,6 +29,7 @@ from helpers import (
 
 import checkpoint
 import engine
+import evaluation
 import main
 from checkpoint import Patience
 from results import Files
@@ -415,13 +416,13 @@ def test_signals_wait_while_they_are_deferred():
 
 
 def test_a_signal_while_validating_saves_the_epoch(tmp_path, monkeypatch):
-    original = engine.validate
+    original = evaluation.validate
 
     def validate(*arguments):
         signal.raise_signal(signal.SIGTERM)
         return original(*arguments)
 
-    monkeypatch.setattr(engine, "validate", validate)
+    monkeypatch.setattr(evaluation, "validate", validate)
     assert again(tmp_path) == 143
     state = torch.load(tmp_path / "checkpoints" / "small" / "last.cpt", weights_only=True)
     assert (state["epoch"], state["step"], state["history"]) == (0, 7, [])

@@ -12,6 +12,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 import data
 import engine
+import evaluation
 from config import Config
 from feature_cache import Computed
 
@@ -36,7 +37,7 @@ def test_every_output_file_reads_back_and_they_agree(finished):
     method = method_of(config)
     method.load_state_dict(torch.load(folder / "model.cpt", weights_only=True))
     splits = splits_of("Digits", seed=config.seed, limit=100)
-    again, db_codes = engine.test(method, features_of(config, method, splits), splits, config.topK)
+    again, db_codes = evaluation.test(method, features_of(config, method, splits), splits, config.topK)
     np.testing.assert_array_equal(db_codes, codes)
     np.testing.assert_array_equal(targets, splits.database.labels)
     assert metrics["map"] == again.map

@@ -10,6 +10,7 @@ import torch
 import config
 import data
 import engine
+import evaluation
 import main
 from methods import METHODS, MethodRow
 from methods.flags import Flag, at_least
@@ -130,7 +131,7 @@ def test_its_map_is_that_of_hamming_distances(sign_hashing, tmp_path):
     splits, method = engine.build(settings)
     method.load_state_dict(torch.load(folder / "model.cpt", weights_only=True))
     features = engine.build_features(settings, method.backbone, {"query": splits.query})
-    queries = np.unpackbits(engine.encode_queries(method, features["query"]).numpy(), axis=1)
+    queries = np.unpackbits(evaluation.encode_queries(method, features["query"]).numpy(), axis=1)
     database = np.unpackbits(np.load(folder / "db_codes.npy"), axis=1)
     precisions = []
     for bits, label in zip(queries, splits.query.labels, strict=True):

@@ -22,7 +22,7 @@ ORDER = [
     {"methods.mecoq"},
     {"config"},
     {"results", "feature_cache", "optimizer"},
-    {"checkpoint"},
+    {"checkpoint", "evaluation"},
     {"engine"},
     {"main", "experiments"},
     {"scripts"},

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from helpers import LIVELY, SMALL, config_of, method_of, small_run
 
-import engine
+import evaluation
 import main
 
 # ---------------------------------------------------------------- what is encoded, what is taken
@@ -54,8 +54,8 @@ def only_test(whole_digits, tmp_path, change):
 
 def test_codes_beside_a_checkpoint_are_taken(whole_digits, tmp_path, monkeypatch):
     encoded = []
-    original = engine.encode
-    monkeypatch.setattr(engine, "encode", lambda m, batches, *a: encoded.append(len(batches.images)) or
+    original = evaluation.encode
+    monkeypatch.setattr(evaluation, "encode", lambda m, batches, *a: encoded.append(len(batches.images)) or
                         original(m, batches, *a))  # fmt: skip
 
     def otherwise_written(folder):

@@ -12,6 +12,7 @@ from helpers import SMALL, before_step, config_of, features_of, method_of, small
 
 import data
 import engine
+import evaluation
 import main
 import retrieval
 from methods.mecoq import MeCoQ
@@ -19,7 +20,7 @@ from utils import RunError
 
 
 def measured(method, splits, config):
-    return engine.test(method, features_of(config, method, splits), splits, config.topK)
+    return evaluation.test(method, features_of(config, method, splits), splits, config.topK)
 
 
 def expected_map(scores, splits):
@@ -58,10 +59,10 @@ def test_memory_is_used_from_its_epoch_on_and_holds_both_views(monkeypatch):
 
 def test_early_stopping_keeps_the_best_model(tmp_path, monkeypatch):
     values = iter([0.3, 0.5, 0.4, 0.5, 0.9])
-    original, seen = engine.test, []
+    original, seen = evaluation.test, []
     remember = lambda method: seen.append(method.projection.weight.detach().clone())  # noqa: E731
-    monkeypatch.setattr(engine, "validate", lambda method, *rest: remember(method) or next(values))
-    monkeypatch.setattr(engine, "test", lambda method, *rest: remember(method) or original(method, *rest))
+    monkeypatch.setattr(evaluation, "validate", lambda method, *rest: remember(method) or next(values))
+    monkeypatch.setattr(evaluation, "test", lambda method, *rest: remember(method) or original(method, *rest))
     folder = small_run(tmp_path, "--epoch_num", "9", "--monitor_counter", "2")
     metrics = json.loads((folder / "metrics.json").read_text())
     assert [h["val_mAP"] for h in metrics["history"]] == [0.3, 0.5, 0.4, 0.5]
@@ -75,7 +76,7 @@ def test_early_stopping_keeps_the_best_model(tmp_path, monkeypatch):
 @pytest.mark.parametrize(("interval", "validated"), [(1, [0, 1, 2, 3, 4, 5, 6]), (3, [2, 5, 6]), (9, [6])])
 def test_validations_come_at_their_interval_and_after_the_last_epoch(interval, validated, tmp_path, monkeypatch):
     values = iter(np.arange(1, 9) / 10)
-    monkeypatch.setattr(engine, "validate", lambda *_: float(next(values)))
+    monkeypatch.setattr(evaluation, "validate", lambda *_: float(next(values)))
     folder = small_run(tmp_path, "--epoch_num", "7", "--eval_interval", str(interval), "--limit", "20")
     history = json.loads((folder / "metrics.json").read_text())["history"]
     assert [entry["epoch"] for entry in history] == list(range(7))
@@ -201,10 +202,10 @@ def test_broken_weights_are_not_tested():
 def test_one_embedding_that_is_not_finite_is_enough(value):
     method = method_of(config_of())
     rows = torch.randn(3, 5, 8)
-    assert engine.encode(method, Embedded(method, rows), method.codes, "").shape == (15, 2)
+    assert evaluation.encode(method, Embedded(method, rows), method.codes, "").shape == (15, 2)
     rows[1, 4, 6] = value
     with pytest.raises(RunError, match="the embeddings are not finite"):
-        engine.encode(method, Embedded(method, rows), method.codes, "")
+        evaluation.encode(method, Embedded(method, rows), method.codes, "")
 
 
 class Embedded(list):
@@ -224,8 +225,8 @@ def test_similarity_weighs_the_querys_segments_or_does_not(normalize, monkeypatc
     method, splits = method_of(config), splits_of("Digits", seed=1, limit=50)
     z = torch.randn(50, 8) * torch.tensor([5.0] * 4 + [1.0] * 4)
     db_codes = torch.randint(8, (50, 2)).to(torch.uint8)
-    monkeypatch.setattr(engine, "encode_queries", lambda *a: z)
-    monkeypatch.setattr(engine, "encode_database", lambda *a: db_codes)
+    monkeypatch.setattr(evaluation, "encode_queries", lambda *a: z)
+    monkeypatch.setattr(evaluation, "encode_database", lambda *a: db_codes)
     words = method.quantizer.codewords().detach()
     segments = [F.normalize(part, dim=1) if normalize else part for part in z.split(4, dim=1)]
     scores = sum(segments[m] @ words[m][db_codes[:, m].long()].T for m in range(2))
@@ -240,7 +241,7 @@ def test_symmetric_test_quantizes_the_queries():
     config = config_of("--symmetric_distance")
     method, splits = method_of(config), splits_of("Digits", seed=1, limit=50)
     metrics, db_codes = measured(method, splits, config)
-    query_codes = engine.encode_queries(method, features_of(config, method, splits)["query"])
+    query_codes = evaluation.encode_queries(method, features_of(config, method, splits)["query"])
     assert query_codes.dtype == torch.uint8
     words = method.quantizer.codewords().detach()
     decode = lambda codes: torch.cat([words[m][codes[:, m].long()] for m in range(2)], dim=1)  # noqa: E731
@@ -254,5 +255,8 @@ def test_validation_finds_what_the_test_finds():
     method, splits = method_of(config), splits_of("Digits", seed=1, limit=80)
     features = features_of(config, method, splits)
     for topK in (1, 20, None):
-        assert engine.validate(method, features, splits, topK) == engine.test(method, features, splits, topK)[0].map
-    assert np.isfinite(engine.validate(method, features, splits, 20))
+        assert (
+            evaluation.validate(method, features, splits, topK)
+            == evaluation.test(method, features, splits, topK)[0].map
+        )
+    assert np.isfinite(evaluation.validate(method, features, splits, 20))

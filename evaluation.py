@@ -1,0 +1,95 @@
+"""Encoding with a method, validation and test."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+import retrieval
+from data import Splits
+from feature_cache import Computed, Features
+from loaders import Preprocessing
+from methods.base import Method
+from readers import ImageFiles, Images
+from results import read_codes
+from utils import LOG, InputError, NonFiniteError, progress_bar
+
+
+@torch.inference_mode()
+def encode(method: Method, batches: Features, output: Callable[[Tensor], Tensor], description: str) -> Tensor:
+    """`output` (`method.codes` or `method.query`) of the embeddings of images `[n, ...]`, on the run's device, in the
+    images' order.
+
+    Raises RunError if an embedding is not finite: its code would mean nothing.
+    """
+    method.eval()
+    rows, sound = [], []
+    for batch in progress_bar(batches, description):
+        z = method.embed(batch.float())
+        sound.append((z.abs() < 1e15).all())  # not so large, either, that similarities overflow
+        rows.append(output(z))
+    if not torch.stack(sound).all():
+        raise NonFiniteError("the embeddings are not finite numbers: try a smaller --lr or a larger --T")
+    return torch.cat(rows)
+
+
+def encode_database(method: Method, batches: Features) -> Tensor:
+    """Codes `[n, M]`."""
+    return encode(method, batches, method.codes, "encode database")
+
+
+def encode_queries(method: Method, batches: Features) -> Tensor:
+    """What `method.tables` takes, `[Q, ...]`."""
+    return encode(method, batches, method.query, "encode queries")
+
+
+@torch.inference_mode()
+def measure(
+    metric: Callable[..., retrieval.Metrics | float], method: Method, queries: Tensor, codes: Tensor, splits: Splits,
+    topK: int | None,
+) -> retrieval.Metrics | float:  # fmt: skip
+    """`retrieval.evaluate` or `retrieval.mean_average_precision` of encoded queries and database."""
+    if not all(p.isfinite().all() for name, p in method.named_parameters() if not name.startswith("backbone.")):
+        raise NonFiniteError("a learned parameter is not finite: try a smaller --lr or a larger --T")
+    labels = [torch.from_numpy(part.labels).to(queries.device) for part in splits.tested.values()]
+    with progress_bar(None, "rank queries", total=len(queries)) as bar:
+        return metric(method.tables, queries, codes.to(queries.device), labels, topK, on_chunk=bar.update)
+
+
+def validate(method: Method, features: dict[str, Features], splits: Splits, topK: int | None) -> float:
+    """MAP@K, as `test` finds it."""
+    queries = encode_queries(method, features["query"])
+    codes = encode_database(method, features["database"])
+    return measure(retrieval.mean_average_precision, method, queries, codes, splits, topK)
+
+
+def test(
+    method: Method, features: dict[str, Features], splits: Splits, topK: int | None, codes: Tensor | None = None
+) -> tuple[retrieval.Metrics, Tensor]:
+    """Encode queries and database (or take `codes` for it), rank, measure. Returns the metrics and the database's codes
+    `[n, M]`."""
+    if codes is None:
+        codes = encode_database(method, features["database"])
+    queries = encode_queries(method, features["query"])
+    return measure(retrieval.evaluate, method, queries, codes, splits, topK), codes
+
+
+test.__test__ = False  # not a pytest function
+
+
+def saved_codes(path: Path, method: Method, images: Images | ImageFiles, how: Preprocessing) -> Tensor:
+    """The codes `[n, M]` of the database that lie beside a checkpoint, once 64 of its images, encoded anew, have shown
+    that they fit. Raises InputError if they do not."""
+    codes, file = read_codes(path, method.M, method.K, images.labels), path.with_name("db_codes.npy")
+    probe = np.linspace(0, len(images), min(64, len(images)), endpoint=False).astype(int)
+    anew = encode_database(method, Computed(method.backbone, images.subset(probe), how)).cpu().numpy()
+    agree, chance = (float((anew == np.roll(codes[probe], shift, axis=0)).mean()) for shift in (0, 1))
+    if agree < chance + 0.8 * (1 - chance):  # rounding differs between devices, a model's codes do not
+        raise InputError(
+            f"{file}: only {agree:.0%} of the codes of {len(probe)} images are the checkpoint's: move the file away "
+            "to have the database encoded"
+        )
+    LOG.info("database codes from %s (of %d images encoded anew, %.1f%% agree)", file, len(probe), 100 * agree)
+    return torch.from_numpy(codes.astype(np.uint8 if method.K <= 256 else np.int32))

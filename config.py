@@ -8,6 +8,7 @@ import re
 import unicodedata
 from argparse import BooleanOptionalAction, Namespace
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -65,8 +66,9 @@ FLAGS: dict[str, tuple[Flag, ...]] = {
     "data": (
         Flag("dataset", "CIFAR10", "images", "; ".join(f"{name}: {row.help}" for name, row in DATASETS.items()),
              choices=DATASETS),
-        Flag("protocol", "I", "images", "CIFAR-10: train on 50,000 (I) or 5,000 (II) images; the others ignore it",
-             choices=("I", "II"), aliases=("protocal",)),
+        Flag("protocol", "I", "images", "CIFAR-10: train on 50,000 (I) or 5,000 (II) of all images; official: its own "
+             "split, 50,000 and 10,000; CIBHash: 5,000 of these 50,000 train, half of the 10,000 pick the checkpoint; "
+             "the other data sets ignore it", choices=("I", "II", "official", "CIBHash"), aliases=("protocal",)),
         Flag("data_root", "datasets", "place", "folder of the images: CIFAR-10/cifar-10-batches-py, "
              "Flickr25K/mirflickr, NUS-WIDE/Flickr", _path, metavar="DIR"),
         Flag("list_root", "data", "place", "folder of the split lists Flickr25k/*.txt and Nuswide/*.txt", _path,
@@ -77,19 +79,22 @@ FLAGS: dict[str, tuple[Flag, ...]] = {
         Flag("image_size", 224, "features", "S, side of the network's input in pixels", at_least(1)),
         Flag("views", "batched", "views", "augment images one by one with Pillow, or in batches on the device: the "
              "same but for rounding", choices=("batched", "pil")),
+        Flag("augmentation", "MeCoQ", "views", "what a view is: MeCoQ's list of operations, which CIBHash shares; or "
+             "SPQ's, by today's formulas, or by those of the old library version that the released code names",
+             choices=("MeCoQ", "SPQ", "SPQ-release")),
         Flag("num_workers", 10, "speed", "processes that prepare images, at most one per core is started",
              not_negative),
         Flag("limit", None, "images", "use N images per split only, to try things out (default: all)", at_least(1),
              type=int, metavar="N"),
     ),
     "backbone": (
-        Flag("backbone", "vgg16", "features", "feature extractor; convnet is small and trained from scratch",
-             choices=BACKBONES),
+        Flag("backbone", "vgg16", "features", "feature extractor; trained from scratch: convnet, resnet18_small "
+             "(SPQ's, for 32 px), resnet18_tiny (a quarter of its widths)", choices=BACKBONES),
         Flag("weights", None, "weights", "of the backbone; PATH: a state dict with torchvision's keys (default: "
-             "imagenet; convnet: random)", type=str, metavar="{imagenet,random,PATH}"),
+             "imagenet; from scratch: random)", type=str, metavar="{imagenet,random,PATH}"),
         Flag("vgg_model_path", None, "weights", "the same as --weights PATH", type=str, metavar="PATH"),
         Flag("trainable_layer_num", 0, "result", "trained blocks of the backbone, from its end; vgg16: 0, 1 (fc7) or "
-             "2 (fc6, fc7); convnet: always all", not_negative),
+             "2 (fc6, fc7); from scratch: always all", not_negative),
         Flag("precision", "bf16", "features", "of the frozen part of the backbone; all that is learned is float32",
              choices=("bf16", "fp32")),
     ),
@@ -97,14 +102,19 @@ FLAGS: dict[str, tuple[Flag, ...]] = {
         Flag("epoch_num", 50, "result", "epochs; 0 tests the untrained model", not_negative),
         Flag("batch_size", 128, "result", "N, images per step",
              at_least(2, ": a batch of one has no negatives")),
+        Flag("drop_last", False, "result", "leave out the last batch of an epoch if it is smaller"),
         Flag("optimizer", "SGD", "result", "optimiser", choices=("SGD", "Adam")),
         Flag("lr", 0.01, "result", "highest learning rate", positive),
         Flag("lr_scaling", None, "result", "learning rate of trained backbone blocks, as a share of --lr (default: "
-             "0.001; convnet: 1)", not_negative, type=float, usual=1e-3),
+             "0.001; from scratch: 1)", not_negative, type=float, usual=1e-3),
         Flag("keep_lr_scaling", None, "result", "honour --lr_scaling throughout; in the released code the scheduler "
              "overwrites it: all learn at --lr", recipe=(True, False)),
         Flag("momentum", 0.9, "result", "of SGD", between(0, 1, "must be in [0, 1)")),
         Flag("hp_beta", 5e-6, "result", "beta, weight decay, Eq. 14", not_negative),
+        Flag("schedule", "batch", "result", "how the learning rate falls after the warm-up: batch: half a cosine, "
+             "stepped every batch; epoch: every epoch; returning: every epoch, and half a cosine takes as many epochs "
+             "as an epoch has steps, so that the rate rises again, as in SPQ's released code",
+             choices=("batch", "epoch", "returning")),
         Flag("disable_scheduler", False, "result", "keep --lr throughout: no warm-up, no cosine"),
         Flag("warmup_epoch_num", 1, "result", "epochs of linear rise from --start_lr to --lr", not_negative),
         Flag("start_lr", 1e-5, "result", "learning rate of the first step", not_negative),
@@ -114,6 +124,9 @@ FLAGS: dict[str, tuple[Flag, ...]] = {
     ),
     "test (Eq. 18)": (
         Flag("topK", None, "result", "K of MAP@K and P@K (default: the whole database)", at_least(1), type=int),
+        Flag("ties", None, "result", "MAP of images with equal scores: expected: the mean over all their orders, "
+             "exact; database: in database order, which flatters or harms short codes if the database is sorted by class",
+             choices=("expected", "database"), recipe=("expected", "database")),
         Flag("eval_interval", 1, "result", "epochs between validations", at_least(1)),
         Flag("monitor_counter", 10, "result", "validations without a better MAP before training stops", at_least(1)),
     ),
@@ -134,10 +147,26 @@ class Config(Namespace):
         return Config(vars(self) | changes)
 
 
+def tables(method: str) -> dict[str, list[Flag]]:
+    """All flags of runs of a method, by heading, with the method's own defaults."""
+    defaults = METHODS[method].defaults
+    shared = {heading: [_with_default(flag, defaults) for flag in table] for heading, table in FLAGS.items()}
+    return shared | {heading: list(table) for heading, table in METHODS[method].flags.items()}
+
+
+def _with_default(flag: Flag, defaults: Mapping[str, object]) -> Flag:
+    """A flag with the default that a method has for it, if it has one."""
+    if flag.name == "method" or flag.name not in defaults:
+        return flag
+    value, kind = defaults[flag.name], flag.type or type(flag.recipe[0] if flag.recipe else flag.default)
+    if isinstance(value, tuple):
+        return replace(flag, default=None, recipe=value, type=kind)
+    return replace(flag, default=value, recipe=None, type=None if kind is bool else kind)
+
+
 def rows(method: str) -> dict[str, Flag]:
     """All flags of runs of a method, by name."""
-    tables = *FLAGS.values(), *METHODS[method].flags.values()
-    return {flag.name: flag for table in tables for flag in table}
+    return {flag.name: flag for table in tables(method).values() for flag in table}
 
 
 # ---------------------------------------------------------------- recipes
@@ -175,11 +204,12 @@ def recipe_line(config: Config) -> str:
 def build_parser(method: str = "MeCoQ") -> Parser:
     """The parser of all flags of a method; those whose default depends on others start as None."""
     parser = Parser(
-        description="MeCoQ: contrastive quantization with code memory for unsupervised image retrieval.",
+        description="Contrastive quantization and hashing for unsupervised image retrieval: MeCoQ, SPQ and CIBHash. "
+        f"These are the flags of {method}; --method NAME --help shows those of another.",
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    for heading, table in (FLAGS | METHODS[method].flags).items():
+    for heading, table in tables(method).items():
         group = parser.add_argument_group(heading)
         for flag in table:
             _add(group, flag)
@@ -189,10 +219,10 @@ def build_parser(method: str = "MeCoQ") -> Parser:
 def _add(group: argparse._ArgumentGroup, flag: Flag) -> None:
     names = [f"--{name}" for name in (flag.name, *flag.aliases)]
     marked = " [recipe]" if flag.recipe else ""
-    if isinstance(flag.default, bool):
+    if flag.default is False:
         group.add_argument(*names, action="store_true", help=flag.help)
-    elif flag.recipe and isinstance(flag.recipe[0], bool):
-        group.add_argument(*names, action=BooleanOptionalAction, help=flag.help + marked)
+    elif flag.default is True or (flag.recipe and isinstance(flag.recipe[0], bool)):
+        group.add_argument(*names, action=BooleanOptionalAction, default=flag.default, help=flag.help + marked)
     else:
         told = f" (default: {flag.default})" if flag.default is not None else ""
         kind = flag.type or (str if flag.default is None else type(flag.default))
@@ -205,7 +235,14 @@ def parse_flags(argv: list[str] | None) -> dict[str, Any]:
     first = Parser(add_help=False, allow_abbrev=False)
     _add(first.add_argument_group("method"), rows("MeCoQ")["method"])
     method = first.parse_known_args(argv)[0].method
-    return vars(build_parser(method).parse_args(argv))
+    values, unknown = build_parser(method).parse_known_args(argv)
+    for flag in unknown:
+        owners = [name for name in METHODS if flag.partition("=")[0].removeprefix("--") in rows(name)]
+        if flag.startswith("--") and owners:
+            raise InputError(f"{flag.partition('=')[0]}: a flag of {' and '.join(owners)}, not of {method} (--method)")
+    if unknown:
+        raise InputError(f"unrecognized arguments: {' '.join(unknown)}")
+    return vars(values)
 
 
 def parse(argv: list[str] | None) -> Config:
@@ -223,6 +260,8 @@ def resolve(values: Mapping[str, Any]) -> Config:
     """
     values = dict(values)
     method, backbone = METHODS[values["method"]], BACKBONES[values["backbone"]]
+    if values["image_size"] is None:
+        values["image_size"] = 224 if backbone.pretrained else 32
     for name, value in recipe_defaults(values["recipe"], values["method"]).items():
         values[name] = value if values[name] is None else values[name]
     _resolve_weights(values)
@@ -233,7 +272,7 @@ def resolve(values: Mapping[str, Any]) -> Config:
         raise InputError("--resume and --overwrite: go on with the old run, or replace it?")
     if values["device"] == "cuda":
         values["device"] = "cuda:0"
-    method.resolve(values)
+    method.resolve(values, backbone)
     if values["notes"] is None:
         values["notes"] = _default_notes(values)
     return Config(values)
@@ -256,7 +295,8 @@ def _default_notes(values: dict[str, Any]) -> str:
         notes = f"{Path(values['checkpoint']).resolve().parent.name}-test"
         return notes if NOTES.fullmatch(notes) else "test"
     protocol = values["protocol"] if DATASETS[values["dataset"]].protocols else ""
-    return f"{values['dataset']}{protocol}{METHODS[values['method']].bits(values)}bits"
+    named = "" if values["method"] == "MeCoQ" else f"{values['method']}-"
+    return f"{named}{values['dataset']}{protocol}{METHODS[values['method']].bits(values)}bits"
 
 
 def check(values: Mapping[str, Any]) -> None:
@@ -273,6 +313,8 @@ def check(values: Mapping[str, Any]) -> None:
         )
     if values["image_size"] < backbone.smallest:
         raise InputError(f"--image_size {values['image_size']}: {name} needs at least {backbone.smallest}")
+    if values["views"] == "pil" and values["augmentation"] != "MeCoQ":
+        raise InputError(f"--views pil: --augmentation {values['augmentation']} is made in batches only")
     if values["weights"] == "imagenet" and not backbone.pretrained:
         raise InputError(f"--weights imagenet: {name} has none: use random")
 

@@ -15,13 +15,17 @@ class MethodRow:
         build: "module:function", (backbone, config) -> `methods.base.Method`.
         bits: its flags' values -> bits of an image's code.
         flags: its own flags, by the heading under which `--help` shows them.
-        resolve: fills in its flags that depend on others, in place; raises InputError if they do not go together.
+        resolve: fills in its flags' values that depend on others, in place, given the backbone's row; raises InputError
+            if they do not go together.
+        defaults: its own defaults of the flags that all methods have; a pair, if its recipes `paper` and `release` have
+            different ones.
     """
 
     build: str
     bits: Callable[[dict], int]
     flags: dict[str, tuple[Flag, ...]] = field(default_factory=dict)
-    resolve: Callable[[dict], None] = lambda values: None
+    resolve: "Callable[[dict, BackboneRow], None]" = lambda values, backbone: None
+    defaults: dict[str, object] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -34,6 +38,7 @@ class BackboneRow:
         smallest: side of the smallest input image, in pixels.
         pretrained: whether torchvision has ImageNet weights of it; if not, all of it is trained from scratch.
         network: "module:class" of a network that is not torchvision's.
+        normalized: whether its input is normalised by ImageNet's mean and deviation; if not, it is in [0, 1].
     """
 
     blocks: str
@@ -41,10 +46,15 @@ class BackboneRow:
     smallest: int = 32
     pretrained: bool = True
     network: str | None = None
+    normalized: bool = True
 
 
 METHODS: dict[str, MethodRow] = {
     "MeCoQ": MethodRow("methods.mecoq:build", flags.bits_mecoq, flags.MECOQ, flags.resolve_mecoq),
+    "SPQ": MethodRow("methods.spq:build", flags.bits_spq, flags.SPQ, flags.resolve_spq, flags.SPQ_DEFAULTS),
+    "CIBHash": MethodRow(
+        "methods.cibhash:build", flags.bits_cibhash, flags.CIBHASH, flags.resolve_cibhash, flags.CIBHASH_DEFAULTS
+    ),
 }
 
 BACKBONES: dict[str, BackboneRow] = {
@@ -53,4 +63,20 @@ BACKBONES: dict[str, BackboneRow] = {
     "resnet18": BackboneRow("methods.backbones:resnet", trainable=8),
     "resnet50": BackboneRow("methods.backbones:resnet", trainable=16),
     "convnet": BackboneRow("methods.backbones:convnet", 1, 8, pretrained=False, network="methods.backbones:ConvNet"),
+    "resnet18_small": BackboneRow(
+        "methods.backbones:small_resnet",
+        1,
+        8,
+        pretrained=False,
+        network="methods.backbones:resnet18_small",
+        normalized=False,
+    ),
+    "resnet18_tiny": BackboneRow(
+        "methods.backbones:small_resnet",
+        1,
+        8,
+        pretrained=False,
+        network="methods.backbones:resnet18_tiny",
+        normalized=False,
+    ),
 }

@@ -3,8 +3,12 @@
 import math
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from utils import InputError
+
+if TYPE_CHECKING:
+    from methods import BackboneRow
 
 Rule = Callable[[object], str | None]  # a value -> what is wrong with it
 
@@ -113,6 +117,9 @@ MECOQ: dict[str, tuple[Flag, ...]] = {
         Flag("queue_begin_epoch", -1, "result", "first epoch (from 0) that uses the code memory, Eq. 12-13; -1: never",
              at_least(-1, ": an epoch from 0, or -1 for no memory")),
         Flag("queue_size", 384, "result", "N_M, entries that the memory holds", at_least(1)),
+        Flag("queue_advance", None, "result", "how far the memory moves on after a partial last batch: entries: by "
+             "what it wrote; batch: by a whole batch, so that older entries stay, as in the released code",
+             choices=("entries", "batch"), recipe=("entries", "batch")),
     ),
     "MeCoQ: search (Eq. 15-17)": (
         Flag("symmetric_distance", False, "result", "quantize the queries too"),
@@ -122,7 +129,7 @@ MECOQ: dict[str, tuple[Flag, ...]] = {
 }  # fmt: skip
 
 
-def resolve_mecoq(values: dict) -> None:
+def resolve_mecoq(values: dict, _: "BackboneRow") -> None:
     """Fill in what depends on other flags of MeCoQ. Raises InputError if they do not go together."""
     if values["feat_dim"] % values["M"]:
         raise InputError(
@@ -140,3 +147,111 @@ def resolve_mecoq(values: dict) -> None:
 def bits_mecoq(values: dict) -> int:
     """Bits of an image's code: M log2 K."""
     return round(values["M"] * math.log2(values["K"]))
+
+
+# ---------------------------------------------------------------- SPQ
+
+
+def power_of_two(value: float) -> str | None:
+    fits = 2 <= value <= 65536 and value == 2 ** round(math.log2(value))
+    return None if fits else "must be a power of two from 2 to 65536: a codebook gives log2 K whole bits"
+
+
+SPQ: dict[str, tuple[Flag, ...]] = {
+    "SPQ: quantizer": (
+        Flag("M", 8, "result", "M, number of codebooks: a code has M log2 K bits", at_least(1)),
+        Flag("K", 16, "result", "K, codewords per codebook, a power of two", power_of_two),
+        Flag("L", 16, "result", "L, dimensions of a codeword; the embedding has M L", at_least(1)),
+        Flag("soft_quantization_scale", 5.0, "result", "tau_q, sharpness of the soft codes, a factor; the paper "
+             "prints a divisor and means 0.2, the same", positive),
+        Flag("head_init", None, "result", "how head and codebooks begin: normal: Xavier's with gain 0.1 and no bias, "
+             "as the released code had it when the paper appeared; uniform: Xavier's with a bias, as it has today",
+             choices=("normal", "uniform"), recipe=("normal", "uniform")),
+        Flag("head_only", False, "result", "learn the head and the codebooks alone, on the features of a pretrained "
+             "--backbone"),
+    ),
+    "SPQ: loss and training": (
+        Flag("T", 0.5, "result", "tau, temperature of the contrastive loss", at_least(0.001)),
+        Flag("pairs", None, "result", "cross: an image's negatives are the others in the other view, the paper's "
+             "figure; all: both views, embeddings and soft reconstructions alike, as the released code has it",
+             choices=("cross", "all"), recipe=("cross", "all")),
+        Flag("anchors", None, "result", "embeddings: they alone are anchors, as the arrows of the paper's figure "
+             "read; both: soft reconstructions too, as the released code has it", choices=("embeddings", "both"),
+             recipe=("embeddings", "both")),
+        Flag("freeze_bn", None, "result", "leave batch normalisation at its running statistics from the first "
+             "validation on, as the released code does by accident (no source on the paper has it)",
+             recipe=(False, True)),
+    ),
+}  # fmt: skip
+
+# SPQ's paper could not be read: what its column says comes from its figures and from its authors
+SPQ_DEFAULTS: dict[str, object] = {
+    "protocol": "official", "image_size": None, "backbone": "resnet18_small", "augmentation": ("SPQ", "SPQ-release"),
+    "epoch_num": 5000, "batch_size": 256, "drop_last": True, "optimizer": "Adam", "lr": 3e-4, "hp_beta": 1e-5,
+    "schedule": ("epoch", "returning"), "warmup_epoch_num": 10, "start_lr": None, "final_lr": 0.0,
+    "keep_lr_scaling": True, "detect_anomaly": False, "topK": 1000, "eval_interval": 100, "monitor_counter": 5000,
+}  # fmt: skip
+
+
+def resolve_spq(values: dict, backbone: "BackboneRow") -> None:
+    """Fill in what depends on other flags of SPQ. Raises InputError if they do not go together."""
+    name = values["backbone"]
+    if backbone.pretrained and not values["head_only"]:
+        raise InputError(
+            f"--backbone {name}: SPQ trains a network of its own from scratch, --backbone resnet18_small; to learn its "
+            f"head and codebooks alone on the frozen features of {name}, add --head_only"
+        )
+    if values["head_only"] and (not backbone.pretrained or values["trainable_layer_num"]):
+        raise InputError("--head_only: needs a pretrained --backbone, and --trainable_layer_num 0")
+    if values["start_lr"] is None:
+        values["start_lr"] = values["lr"]
+
+
+def bits_spq(values: dict) -> int:
+    """Bits of an image's code: M log2 K."""
+    return values["M"] * round(math.log2(values["K"]))
+
+
+# ---------------------------------------------------------------- CIBHash
+
+
+def whole_bytes(value: float) -> str | None:
+    return None if value >= 8 and value % 8 == 0 else "must be a multiple of 8: codes are whole bytes"
+
+
+CIBHASH: dict[str, tuple[Flag, ...]] = {
+    "CIBHash: encoder": (
+        Flag("code_length", 16, "result", "B, bits of a code, a multiple of 8", whole_bytes),
+        Flag("hidden_dim", 1024, "result", "width of the encoder's hidden layer", at_least(1)),
+    ),
+    "CIBHash: loss": (
+        Flag("T", 0.3, "result", "temperature of the contrastive loss", at_least(0.001)),
+        Flag("sampling", None, "result", "codes in training: bernoulli: drawn, b = 1 with probability p, Eq. 11; sign: "
+             "p > 1/2, as the released code has it; either with a straight-through gradient",
+             choices=("bernoulli", "sign"), recipe=("bernoulli", "sign")),
+        Flag("alphabet", None, "result", "values of a bit in the loss: 01: 0 and 1; pm: -1 and 1, as in the released "
+             "code: another cosine", choices=("01", "pm"), recipe=("01", "pm")),
+        Flag("kl_weight", 0.001, "result", "beta, weight of the KL term, the bound on what a code knows of its view",
+             not_negative),
+        Flag("detach_kl", None, "result", "let the KL term teach one of its two distributions only, as the released "
+             "code does (what the paper does could not be read)", recipe=(False, True)),
+    ),
+}  # fmt: skip
+
+# CIBHash's paper could not be read: its column comes from what others quote and from MeCoQ's Table 1
+CIBHASH_DEFAULTS: dict[str, object] = {
+    "protocol": ("II", "CIBHash"), "epoch_num": None, "batch_size": 64, "optimizer": "Adam", "lr": 1e-3,
+    "hp_beta": 0.0, "disable_scheduler": True, "keep_lr_scaling": True, "detect_anomaly": False, "topK": 1000,
+    "eval_interval": 20, "monitor_counter": 6,
+}  # fmt: skip
+
+
+def resolve_cibhash(values: dict, _: "BackboneRow") -> None:
+    """Fill in the number of epochs, which depends on the code length."""
+    if values["epoch_num"] is None:
+        values["epoch_num"] = 80 if values["code_length"] == 16 else 60
+
+
+def bits_cibhash(values: dict) -> int:
+    """Bits of an image's code."""
+    return values["code_length"]

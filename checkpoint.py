@@ -23,7 +23,7 @@ from results import Events, Files, Stopwatch, read_metrics
 from utils import LOG, InputError, NonFiniteError, Stopped, load_tensors, sha256, write_tensors
 
 SHARE = 0.02  # of a run's time, that saves at the end of epochs may take
-FORMAT = 2  # to be raised with every change of what `last.cpt` holds
+FORMAT = 3  # to be raised with every change of what `last.cpt` holds
 
 Callback = Callable[[Method, int, int, Tensor], object]  # method, epoch, step of the epoch, the views of that step
 
@@ -296,7 +296,7 @@ def fingerprint(splits: Splits, backbone: Backbone) -> str:
     digest = hashlib.sha256()
     for tensor in backbone.state_dict().values():
         digest.update(tensor.cpu().contiguous().numpy().tobytes())
-    for images in (splits.train, splits.query, splits.database):
+    for images in splits.all.values():
         images.update(digest)
         digest.update(np.ascontiguousarray(images.labels).tobytes())
     return digest.hexdigest()

@@ -4,6 +4,7 @@ Imports no PyTorch: `--help`, `--dry_run` and a wrong flag answer at once.
 """
 
 import argparse
+import math
 import re
 import unicodedata
 from argparse import BooleanOptionalAction, Namespace
@@ -125,7 +126,7 @@ FLAGS: dict[str, tuple[Flag, ...]] = {
     "test (Eq. 18)": (
         Flag("topK", None, "result", "K of MAP@K and P@K (default: the whole database)", at_least(1), type=int),
         Flag("ties", None, "result", "MAP of images with equal scores: expected: the mean over all their orders, "
-             "exact; database: in database order, which flatters or harms short codes if the database is sorted by class",
+             "exact; database: in database order, which misjudges short codes if the database is sorted by class",
              choices=("expected", "database"), recipe=("expected", "database")),
         Flag("eval_interval", 1, "result", "epochs between validations", at_least(1)),
         Flag("monitor_counter", 10, "result", "validations without a better MAP before training stops", at_least(1)),
@@ -272,7 +273,7 @@ def resolve(values: Mapping[str, Any]) -> Config:
         raise InputError("--resume and --overwrite: go on with the old run, or replace it?")
     if values["device"] == "cuda":
         values["device"] = "cuda:0"
-    method.resolve(values, backbone)
+    method.resolve(values, backbone.pretrained)
     if values["notes"] is None:
         values["notes"] = _default_notes(values)
     return Config(values)
@@ -296,7 +297,7 @@ def _default_notes(values: dict[str, Any]) -> str:
         return notes if NOTES.fullmatch(notes) else "test"
     protocol = values["protocol"] if DATASETS[values["dataset"]].protocols else ""
     named = "" if values["method"] == "MeCoQ" else f"{values['method']}-"
-    return f"{named}{values['dataset']}{protocol}{METHODS[values['method']].bits(values)}bits"
+    return f"{named}{values['dataset']}{protocol}{code_bits(values)}bits"
 
 
 def check(values: Mapping[str, Any]) -> None:
@@ -325,7 +326,8 @@ def check(values: Mapping[str, Any]) -> None:
 def key(config: Config, *kinds: str) -> dict[str, object]:
     """The flags that affect these kinds (all `RESULTS` if none is named) and are not at their default.
 
-    A flag at its default is in no key, so that a new flag makes no kept file stale.
+    A flag at its default is in no key, so that a new flag makes no kept file stale. What counts is the default for all
+    methods, not a method's own: methods on the same images share caches.
     """
     return {
         name: getattr(config, name)
@@ -346,8 +348,8 @@ def differing(config: Config, stored: Mapping[str, object], *kinds: str) -> list
 
 def _affecting(config: Config, kinds: tuple[str, ...]) -> dict[str, Flag]:
     """The rows of the configuration's flags that affect these kinds."""
-    table = rows(config.method).items()
-    return {name: flag for name, flag in table if name in config and flag.affects in (kinds or RESULTS)}
+    table = [flag for table in (FLAGS | METHODS[config.method].flags).values() for flag in table]
+    return {flag.name: flag for flag in table if flag.name in config and flag.affects in (kinds or RESULTS)}
 
 
 def recorded(config: Config) -> dict[str, object]:
@@ -356,6 +358,12 @@ def recorded(config: Config) -> dict[str, object]:
     return {name: value for name, value in vars(config).items() if table[name].affects != "action"}
 
 
-def code_bits(config: Config) -> int:
-    """Bits of an image's code."""
-    return METHODS[config.method].bits(vars(config))
+def code_shape(values: Mapping[str, Any]) -> tuple[int, int]:
+    """(M, K) of a configuration's values: an image's code is M numbers from 0 to K - 1."""
+    return METHODS[values["method"]].shape(dict(values))
+
+
+def code_bits(values: Mapping[str, Any]) -> int:
+    """Bits of an image's code: M log2 K."""
+    M, K = code_shape(values)
+    return round(M * math.log2(K))

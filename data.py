@@ -3,6 +3,7 @@
 import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import reduce
 from pathlib import Path
 
 import numpy as np
@@ -40,22 +41,30 @@ class Source:
 @dataclass(frozen=True)
 class Splits:
     """What a protocol makes of a data set. `mirrored`: whether the views may flip, as the data set's row says (a
-    flipped digit is not the same thing). `canonical`: False if files are not the published ones."""
+    flipped digit is not the same thing). `canonical`: False if files are not the published ones. `validation`: the
+    queries that pick the checkpoint; None: the test's own, so that its MAP is optimistic."""
 
     train: Images | ImageFiles
     query: Images | ImageFiles
     database: Images | ImageFiles
     mirrored: bool = True
     canonical: bool = True
+    validation: Images | ImageFiles | None = None
+
+    @property
+    def all(self) -> dict[str, Images | ImageFiles]:
+        """The images by split."""
+        return {"train": self.train} | self.tested
 
     @property
     def tested(self) -> dict[str, Images | ImageFiles]:
-        """The images of a test, by split: queries and database."""
-        return {"query": self.query, "database": self.database}
+        """The images of validation and test, by split."""
+        own = {} if self.validation is None else {"validation": self.validation}
+        return {"query": self.query, "database": self.database} | own
 
     def each(self, change: Callable) -> "Splits":
-        """The same with `change` applied to the images of all three."""
-        return replace(self, train=change(self.train), query=change(self.query), database=change(self.database))
+        """The same with `change` applied to the images of every split."""
+        return replace(self, **{name: change(images) for name, images in self.all.items()})
 
 
 @dataclass(frozen=True)
@@ -96,14 +105,34 @@ def cifar10_indices(labels: np.ndarray, protocol: str, seed: int) -> dict[str, n
     }
 
 
+def official_indices(n: int, _: np.ndarray) -> dict[str, np.ndarray]:
+    """CIFAR-10's own split, which SPQ uses: the first n images train and are searched, the others are queries."""
+    return {"train": np.arange(n), "database": np.arange(n), "query": np.arange(n, n + n // 5)}
+
+
+def cibhash_indices(n: int, labels: np.ndarray) -> dict[str, np.ndarray]:
+    """The split of CIBHash's released code, the same for any seed: of the first n images of CIFAR-10, the official
+    training set, a tenth of each class trains and all are searched; half of the others pick the checkpoint, the other
+    half are the test's queries."""
+    generator = np.random.RandomState(0)
+    classes = [np.flatnonzero(labels[:n] == c) for c in range(10)]
+    train = [of_class[generator.permutation(len(of_class))[: n // 100]] for of_class in classes]
+    order = np.arange(n // 5)
+    generator.shuffle(order)
+    validation, query = np.split(n + order, 2)
+    return {"train": np.concatenate(train), "database": np.arange(n), "validation": validation, "query": query}
+
+
 def load_cifar10(source: Source) -> Splits:
-    """CIFAR-10 from `data_root/CIFAR-10/cifar-10-batches-py`, split by protocol I or II.
+    """CIFAR-10 from `data_root/CIFAR-10/cifar-10-batches-py`, or from `data_root/cifar-10-batches-py` if that is there
+    and the other is not, split by a protocol.
 
     Raises InputError if files are missing (and cannot be downloaded), damaged or mislabelled.
     """
     from torchvision.datasets import CIFAR10
 
-    folder = source.data_root / "CIFAR-10" / CIFAR10.base_folder
+    folder, plain = source.data_root / "CIFAR-10" / CIFAR10.base_folder, source.data_root / CIFAR10.base_folder
+    folder = plain if plain.is_dir() and not folder.is_dir() else folder
     checksums = dict(CIFAR10.train_list + CIFAR10.test_list)
     if source.download and not all((folder / name).exists() for name in checksums):
         download_cifar10(folder.parent)
@@ -125,7 +154,10 @@ def load_cifar10(source: Source) -> Splits:
             f"{folder}: mislabelled, CIFAR-10 has 6000 images a class but class {np.argmax(counts != 6000)} "
             f"has {counts[counts != 6000][0]}; delete the folder and run with --download_cifar10"
         )
-    indices = cifar10_indices(images.labels, source.protocol, source.seed)
+    if source.protocol in ("I", "II"):
+        indices = cifar10_indices(images.labels, source.protocol, source.seed)
+    else:
+        indices = {"official": official_indices, "CIBHash": cibhash_indices}[source.protocol](50000, images.labels)
     return Splits(**{name: images.subset(part) for name, part in indices.items()}, canonical=not changed)
 
 
@@ -224,8 +256,8 @@ def load_splits(
         LOG.warning("WARNING: --limit %d: only %d images a split are used. The MAP means nothing.", limit, limit)
         splits = splits.each(lambda images: _spread(images, limit))
     splits = _only_sound(splits, skip_bad_images, num_workers)
-    for name in ("train", "query", "database"):
-        if not len(getattr(splits, name)):
+    for name, images in splits.all.items():
+        if not len(images):
             raise InputError(f"--dataset {source.dataset}: there are too few images, none is left for the {name} split")
     return splits
 
@@ -246,7 +278,7 @@ def check_images(splits: Splits, num_workers: int) -> tuple[int, dict[str, str]]
             f"{splits.database.root} is missing: datasets/README.md says how to get the images that go there "
             "(--data_root names another place)"
         )
-    images = splits.train.joined(splits.query).joined(splits.database)
+    images = reduce(lambda joined, more: joined.joined(more), splits.all.values())
     images = images.subset(np.unique(images.names, return_index=True)[1])
     return len(images), images.faults(worker_count(num_workers))
 

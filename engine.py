@@ -17,7 +17,7 @@ from data import Splits
 from distributed import device_name
 from feature_cache import Computed, Features, test_features
 from loaders import Preprocessing, TwoViews, ViewOptions
-from methods import METHODS
+from methods import BACKBONES, METHODS
 from methods.backbones import Backbone, build_backbone, read_state_dict
 from methods.base import Method
 from optimizer import build_optimizer, build_scheduler
@@ -65,6 +65,8 @@ def build_splits(config: Config) -> Splits:
     splits = data.load_splits(source, config.limit, config.skip_bad_images, config.num_workers)
     sizes = len(splits.train), len(splits.query), len(splits.database)
     LOG.info("%d training images, %d queries, %d in the database", *sizes)
+    if splits.validation is not None:
+        LOG.info("%d other queries pick the checkpoint", len(splits.validation))
     return splits
 
 
@@ -87,7 +89,10 @@ def build_loader(config: Config, splits: Splits) -> TwoViews:
 
 
 def view_options(config: Config) -> ViewOptions:
-    return ViewOptions(config.views, config.image_size, config.batch_size, config.seed)
+    """How a run's training images become views."""
+    sizes = config.image_size, config.batch_size
+    normalized = BACKBONES[config.backbone].normalized
+    return ViewOptions(config.views, *sizes, config.seed, config.augmentation, normalized, config.drop_last)
 
 
 def build_features(config: Config, backbone: Backbone, images: dict[str, Images | ImageFiles]) -> dict[str, Features]:
@@ -97,7 +102,9 @@ def build_features(config: Config, backbone: Backbone, images: dict[str, Images 
 
 
 def preprocessing(config: Config) -> Preprocessing:
-    return Preprocessing(config.image_size, config.device, config.num_workers)
+    """How a run's test images become batches."""
+    normalized = BACKBONES[config.backbone].normalized
+    return Preprocessing(config.image_size, config.device, config.num_workers, normalized)
 
 
 def start(
@@ -209,6 +216,7 @@ def end_epoch(training: Training, means: dict[str, float], validate: Callable[[]
             training.save()
             raise
         LOG.info("val mAP=%.6f", value)
+        training.method.after_validation()
         if training.events:
             training.events.add_scalar("val_mAP", value, epoch)
         training.patience.improved(value)
@@ -308,5 +316,5 @@ def run_test(config: Config, files: Files, log: Path) -> dict:
 def described(config: Config, splits: Splits) -> dict:
     """What `metrics.json` says of a run's configuration, images and code; to be taken when it begins."""
     flags = {name: getattr(config, name) for name in ("topK", "recipe", "method", "notes", "dataset", "seed", "limit")}
-    more = {"bits": code_bits(config), "canonical_data": splits.canonical, "git_commit": git_commit()}
+    more = {"bits": code_bits(vars(config)), "canonical_data": splits.canonical, "git_commit": git_commit()}
     return flags | more | {"device": device_name(config.device), "config": recorded(config)}

@@ -12,20 +12,30 @@ from methods.base import Method
 @dataclass(frozen=True)
 class Schedule:
     """The learning rate of each step: a linear rise from `start` to `base` whose last warm-up step has reached `base`,
-    then half a cosine from `base` towards `final`."""
+    then half a cosine from `base` towards `final`.
+
+    `kind`: "batch": stepped every batch; "epoch": once an epoch; "returning": once an epoch, too, but the cosine falls
+    for as many epochs as an epoch has steps and then rises again, as in SPQ's released code.
+    """
 
     epochs: int
     warmup_epochs: int
     start: float
     base: float
     final: float
+    kind: str = "batch"
 
     def rate(self, step: int, steps_per_epoch: int) -> float:
         """The learning rate of one optimisation step, counted from 0 over all epochs."""
-        warmup = self.warmup_epochs * steps_per_epoch
-        if step < warmup:
-            return self.start + (self.base - self.start) * step / max(warmup - 1, 1)
-        progress = (step - warmup) / max(self.epochs * steps_per_epoch - warmup, 1)
+        if self.kind == "batch":
+            unit, done = steps_per_epoch, step
+        else:
+            unit, done = 1, step // steps_per_epoch
+        warmup, end = self.warmup_epochs * unit, self.epochs * unit
+        if done < warmup:
+            return self.start + (self.base - self.start) * done / max(warmup - 1, 1)
+        falling = steps_per_epoch if self.kind == "returning" else end - warmup
+        progress = (done - warmup) / max(falling, 1)
         return self.final + (self.base - self.final) * (1 + math.cos(math.pi * progress)) / 2
 
 
@@ -44,8 +54,9 @@ def build_optimizer(method: Method, config: Config) -> torch.optim.Optimizer:
 def build_scheduler(
     optimizer: torch.optim.Optimizer, config: Config, steps_per_epoch: int
 ) -> torch.optim.lr_scheduler.LambdaLR:
-    """Warm-up and cosine, stepped every batch; each group keeps its proportion to `--lr`."""
-    schedule = Schedule(config.epoch_num, config.warmup_epoch_num, config.start_lr, config.lr, config.final_lr)
+    """Warm-up and cosine; each group keeps its proportion to `--lr`."""
+    rates = config.start_lr, config.lr, config.final_lr
+    schedule = Schedule(config.epoch_num, config.warmup_epoch_num, *rates, config.schedule)
 
     def factor(step: int) -> float:
         return 1.0 if config.disable_scheduler else schedule.rate(step, steps_per_epoch) / config.lr

@@ -17,13 +17,19 @@ from experiments import published
 from methods import METHODS
 from utils import InputError, Parser
 
-# what the paper's tables call a data set -> flags if it has no script
-NAMES = {long: [] for _, long in published.NAMES.values()} | {
-    name: ["--dataset", name] for name in DATASETS if name not in {dataset for dataset, _ in published.NAMES}
-}
+# what the paper's tables call a data set -> its flags
+NAMES = {
+    long: ["--dataset", dataset, *(["--protocol", protocol] if protocol else [])]
+    for (dataset, protocol), (_, long) in published.NAMES.items()
+} | {name: ["--dataset", name] for name in DATASETS if name not in {dataset for dataset, _ in published.NAMES}}
 SHORT = {long: short for short, long in published.NAMES.values()}
 REFUSED = ("test_only", "resume", "overwrite", "notes", "output", "symmetric_distance")  # a sweep makes many runs
-OWN = ("--dataset", "--protocol", "--protocal", "--M", "--K", "--seed")  # what --datasets, --bits and --seeds say
+# what --datasets, --bits and --seeds say
+OWN = ("--dataset", "--protocol", "--protocal", "--M", "--K", "--code_length", "--seed")
+# of the flags that all methods have, those that another method takes from MeCoQ's run, beside which it stands: images,
+# features and views are the same, and so is how long it is trained and how it is tested
+SAME = ("images", "features", "views", "weights", "place", "speed", "action")
+TESTED_ALIKE = ("recipe", "epoch_num", "topK", "ties", "eval_interval", "monitor_counter")
 
 
 @dataclass(frozen=True)
@@ -52,11 +58,14 @@ def build_parser(doc: str, bits: tuple[int, ...] = published.BITS) -> Parser:
     return parser
 
 
-def parse(parser: Parser, argv: list[str] | None, *packages: str) -> tuple[Namespace, list[str]]:
+def parse(
+    parser: Parser, argv: list[str] | None, *packages: str, any_method: bool = False
+) -> tuple[Namespace, list[str]]:
     """An experiment's own flags, and those for `main.py`, which `plan` checks further.
 
     Args:
         packages: those of requirements-extra.txt that it needs.
+        any_method: whether it is of other methods than MeCoQ, too.
 
     Raises InputError if they do not go together or a package is missing.
     """
@@ -71,9 +80,9 @@ def parse(parser: Parser, argv: list[str] | None, *packages: str) -> tuple[Names
     for flag in flags:
         if flag.partition("=")[0] in OWN:
             raise InputError(f"{flag}: --datasets, --bits and --seeds say it here")
-    if given["method"] != "MeCoQ":
+    if given["method"] != "MeCoQ" and not any_method:
         raise InputError(f"--method {given['method']}: the paper's tables and figures are MeCoQ's")
-    if given["epoch_num"] < 1:
+    if given["epoch_num"] == 0:
         raise InputError("--epoch_num must be at least 1 here")
     return own, flags
 
@@ -90,10 +99,13 @@ def need(*packages: str) -> None:
 
 @cache
 def script_values(dataset: str, bits: int, flags: tuple[str, ...]) -> dict[str, object]:
-    """The flags of the published script, then those given, unresolved. The entropy term, which the paper does not have,
-    is off in its recipe unless it is given."""
-    script = published.script_flags(f"{SHORT.get(dataset)}{bits}bits") or [*NAMES[dataset], "--M", str(bits // 8)]
-    values, given = config.parse_flags([*script, *flags]), config.parse_flags(list(flags))
+    """The flags of the published script, if the method has one, then those given, unresolved. MeCoQ's entropy term,
+    which the paper does not have, is off in its recipe unless it is given."""
+    given = config.parse_flags(list(flags))
+    script = published.script_flags(f"{SHORT.get(dataset)}{bits}bits") if given["method"] == "MeCoQ" else []
+    if not script:
+        return config.parse_flags([*NAMES[dataset], *flags]) | METHODS[given["method"]].of_bits(bits)
+    values = config.parse_flags([*script, *flags])
     if given["recipe"] == "paper":
         values["hp_lambda"] = given["hp_lambda"]
     return values
@@ -105,9 +117,21 @@ def configured(dataset: str, bits: int, seed: int, flags: list[str], **change: o
     return config.resolve(script_values(dataset, bits, tuple(flags)) | {"seed": seed, "notes": "trial"} | change)
 
 
+def beside(method: str, dataset: str, bits: int, seed: int, flags: list[str], **change: object) -> Config:
+    """The configuration of another method's training beside MeCoQ's: the same images, features, views, epochs and
+    tests, its own loss and optimiser, and then `change`."""
+    theirs, values = script_values(dataset, bits, tuple(flags)), config.parse_flags(["--method", method])
+    shared = [flag for table in config.FLAGS.values() for flag in table if flag.name != "method"]
+    for flag in shared:
+        if theirs.get(flag.name) is not None and (flag.affects in SAME or flag.name in TESTED_ALIKE):
+            values[flag.name] = theirs[flag.name]
+    return config.resolve(values | METHODS[method].of_bits(bits) | {"seed": seed, "notes": "trial"} | change)
+
+
 def departures(dataset: str, bits: int, flags: list[str]) -> str:
     """The flags that are not as in the published script, for a table; the recipe has a column of its own."""
-    given, script = (script_values(dataset, bits, tuple(chosen)) for chosen in (flags, []))
+    given = script_values(dataset, bits, tuple(flags))
+    script = script_values(dataset, bits, ("--method", given["method"]))
     changed = [f"{name}={given[name]}" for name in told(given["method"]) if given[name] != script[name]]
     return ", ".join(changed)
 

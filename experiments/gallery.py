@@ -39,11 +39,11 @@ class Search:
                 f"the images of {configuration.dataset} are not those of the run: name their folder with --data_root"
             )
         self.names = class_names(configuration.dataset, Path(configuration.list_root))
-        images = self.splits.tested  # both: the run's cache is of both
+        images = self.splits.tested  # all: the run's cache is of all
         features = engine.build_features(configuration, self.method.backbone, images)
         self.queries = evaluation.encode_queries(self.method, features["query"])
         self.codes = torch.from_numpy(codes.astype(np.int32)).to(configuration.device)
-        both = [torch.from_numpy(part.labels).to(configuration.device) for part in images.values()]
+        both = [torch.from_numpy(images[name].labels).to(configuration.device) for name in ("query", "database")]
         width = self.method.M * self.method.K
         with torch.inference_mode():
             ap = retrieval.average_precisions(self.score, self.queries, both, configuration.topK, width=width)

@@ -32,7 +32,7 @@ def measured(configuration: Config, steps: int) -> dict[str, float]:
     loader = engine.build_loader(configuration, splits)
     training = engine.start(configuration, method, loader)
     if method.memory:
-        method.memory.filled = method.memory.size  # as in the epochs that use it
+        method.memory.written.fill_(True)  # as in the epochs that use it
     training.epoch = max(configuration.queue_begin_epoch, 0)
     loader.set_epoch(training.epoch)
     before = forget_peak(device)

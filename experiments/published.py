@@ -52,6 +52,8 @@ def experiment(config: dict, bits: int) -> tuple[str, str]:
     Args:
         config: the run's flags.
     """
+    if config["method"] != "MeCoQ":
+        return "", ""
     dataset, protocol = config["dataset"], config["protocol"]
     short, long = NAMES.get((dataset, protocol)) or NAMES.get((dataset, ""), ("", ""))
     return f"{short}{bits}bits{'Symm' if config['symmetric_distance'] else ''}", long
@@ -70,3 +72,23 @@ def map_of(table: str, row: str, dataset: str, bits: int) -> float | None:
             value = fields.get(f"{dataset}/{bits}")
             return float(value) if value else None
     return None
+
+
+DATASETS = {"CIFAR10": "CIFAR-10", "Flickr25K": "Flickr25K", "NUSWIDE": "NUS-WIDE"}  # as reports call them
+
+
+def reported(method: str, dataset: str, bits: int) -> list[tuple[str, str]]:
+    """What is published or reported of another method, from `docs/published/<method>_paper.csv`: where it comes from,
+    and MAP in percent.
+
+    Args:
+        dataset: as `--dataset` calls it.
+    """
+    if not (FOLDER / f"{method.lower()}_paper.csv").exists():
+        return []
+    chosen = [row for row in rows(f"{method.lower()}_paper")
+              if (row["dataset"], row["bits"]) == (DATASETS.get(dataset), str(bits))]  # fmt: skip
+    return [
+        (f"{row['method']}, {row['metric']}, {row['protocol']} ({row['source']})", f"{100 * float(row['value']):.2f}")
+        for row in chosen
+    ]

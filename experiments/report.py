@@ -112,6 +112,8 @@ FLAGS: dict[str, Callable[[object], bool]] = {
     "M": _whole(1, 2**16),
     "K": _whole(2, 2**16),
     "feat_dim": _whole(1, 2**16),
+    "L": _whole(1, 2**16),
+    "code_length": _whole(8, 2**16),
     "image_size": _whole(1, 2**12),
 }
 
@@ -119,8 +121,11 @@ FLAGS: dict[str, Callable[[object], bool]] = {
 def checked(metrics: dict, path: Path) -> Config:
     """The configuration of the run that wrote `metrics.json`; flags that it does not have are at their defaults. Raises
     InputError if a field that is used here has a value that no run writes."""
-    values = vars(config.parse([])) | metrics["config"]
-    for content, rules in ((metrics, FIELDS), (values, FLAGS)):
+    method = metrics["config"].get("method", "MeCoQ")
+    method = method if isinstance(method, str) and method in METHODS else "MeCoQ"  # the rules below refuse it
+    values = vars(config.parse(["--method", method])) | metrics["config"]
+    flags = {name: rule for name, rule in FLAGS.items() if name in config.rows(method)}
+    for content, rules in ((metrics, FIELDS), (values, flags)):
         for name, rule in rules.items():
             if name not in content or not rule(content[name]):
                 value = one_line(ValueError(content.get(name, "missing")))[:60]
@@ -134,7 +139,8 @@ def for_gallery(configuration: Config, checkpoint: Path, own: Namespace) -> Conf
     given = {name: getattr(own, name) for name in ("data_root", "list_root", "feature_cache", "device")}
     values = vars(configuration) | {name: value for name, value in given.items() if value is not None}
     values |= {"test_only": True, "checkpoint": str(checkpoint), "download_cifar10": False}
-    values |= {"memory": "none", "queue_begin_epoch": -1}  # of training only
+    if values["method"] == "MeCoQ":
+        values |= {"memory": "none", "queue_begin_epoch": -1}  # of training only
     values["device"] = "cuda:0" if values["device"] == "cuda" else values["device"]
     config.check(values)
     return Config(values)
@@ -153,7 +159,9 @@ def table(pairs: list[tuple], kind: str = "") -> str:
 
 
 def beside(configuration: Config, bits: int) -> list[tuple[str, str]]:
-    """What was published for the run's data set and code length: name and MAP in percent."""
+    """What was published for the run's method, data set and code length: name and MAP in percent."""
+    if configuration.method != "MeCoQ":
+        return published.reported(configuration.method, configuration.dataset, bits)
     name, long = published.experiment(vars(configuration), bits)
     theirs = [100 * float(row["test_map"]) for row in published.rows("reference_runs") if row["notes"] == name]
     if not theirs:
@@ -178,9 +186,11 @@ def head(metrics: dict, configuration: Config) -> str:
     notes = [] if metrics["canonical_data"] else ["The images are not the published ones."]
     notes += [f"Only {metrics['limit']} images a split were used: the MAP means nothing."] if metrics["limit"] else []
     backbone = configuration.backbone
-    if backbone != "vgg16":
-        notes.append(f"The backbone is {backbone}, the published one VGG16: the numbers do not compare.")
-    what = f"{configuration.dataset}{protocol}, {backbone}, recipe {metrics['recipe']}, seed {metrics['seed']}"
+    published_one = config.rows(configuration.method)["backbone"].default
+    if backbone != published_one:
+        notes.append(f"The backbone is {backbone}, the published one {published_one}: the numbers do not compare.")
+    what = f"{configuration.method}, {configuration.dataset}{protocol}, {backbone}, "
+    what += f"recipe {metrics['recipe']}, seed {metrics['seed']}"
     shown = "".join(f'<div><div class="big">{escaped(value)}</div>{escaped(name)}</div>' for value, name in figures)
     theirs = beside(configuration, metrics["bits"])
     return (
@@ -300,16 +310,16 @@ def gallery(metrics: dict, configuration: Config, files: "Files", own: Namespace
         raise InputError(f"{path} is not the model that the run's metrics.json is of; --queries 0: no gallery")
     configuration = for_gallery(configuration, path, own)
     precision = use_device(configuration.device, configuration.precision)
-    codes, labels = database_codes(files, configuration.M, configuration.K)
+    codes, labels = database_codes(files, *config.code_shape(vars(configuration)))
     search = Search(configuration.replace(precision=precision), codes, labels)
     return shown(search, own.queries)
 
 
 def page(metrics: dict, configuration: Config, files: "Files", own: Namespace) -> str:
     """The whole HTML. Raises InputError if the run's files do not belong together."""
-    codes, _ = database_codes(files, configuration.M, configuration.K)
+    codes, _ = database_codes(files, *config.code_shape(vars(configuration)))
     body = head(metrics, configuration) + training_curves(metrics, configuration)
-    body += result_curves(files, codes, configuration.K)
+    body += result_curves(files, codes, config.code_shape(vars(configuration))[1])
     if own.queries:
         body += gallery(metrics, configuration, files, own)
     return (

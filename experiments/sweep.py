@@ -37,7 +37,7 @@ from utils import (
     write_json,
 )
 
-FORMAT = 2  # to be raised if the same flags give another result, or results are kept otherwise
+FORMAT = 3  # to be raised if the same flags give another result, or results are kept otherwise
 
 
 # ---------------------------------------------------------------- what trials share
@@ -54,8 +54,7 @@ class Shared:
     def __init__(self, configuration: Config, view_cache: Path) -> None:
         self.splits, method = engine.build(configuration)
         self.backbone = method.backbone.eval()
-        images = {name: getattr(self.splits, name) for name in ("train", "query", "database")}
-        self.features = engine.build_features(configuration, self.backbone, images)
+        self.features = engine.build_features(configuration, self.backbone, self.splits.all)
         self.fingerprint = fingerprint(self.splits, self.backbone)
         self.view_cache = ViewCache(view_cache, cache_key(configuration, self.fingerprint))
 

@@ -1,10 +1,13 @@
 #!/usr/bin/env python3
-"""Table 1: MeCoQ beside the shallow baselines, all on the same features, and exact search on them as the ceiling.
+"""Table 1: MeCoQ beside CIBHash, SPQ's head and the shallow baselines, all on the same features, and exact search on
+them as the ceiling.
 
 python -m experiments.table1 --datasets CIFAR10-II --bits 16 32 64 --seeds 2021 2022 2023 FLAGS
 
-FLAGS are main.py's. Baselines see the training images' features without augmentation, centred and of unit length, of
-the backbone with nothing trained. Writes table1.csv, a row per number, and table1.md, and skips what is done.
+FLAGS are main.py's. CIBHash and SPQ's head are trained on the same views for as many epochs, each with its own loss and
+optimiser, and validated as often. Shallow baselines see the training images' features without augmentation, centred and
+of unit length, of the backbone with nothing trained. Writes table1.csv, a row per number, and table1.md, and skips what
+is done.
 """
 
 import sys
@@ -26,6 +29,11 @@ if TYPE_CHECKING:
     from experiments.sweep import Shared
 
 BASELINES = ("LSH", "SpeH", "SphH", "ITQ", "PQ", "OPQ")  # as Table 1 calls them, with "+VGG" behind
+# rows of other methods: name -> method, its flags
+OTHERS: dict[str, tuple[str, dict[str, object]]] = {
+    "CIBHash": ("CIBHash", {}),
+    "SPQ head": ("SPQ", {"head_only": True}),
+}
 EXACT = "exact search on the features"
 
 
@@ -35,6 +43,16 @@ def baseline_trials(own: Namespace, given: list[str]) -> list[Trial]:
         Trial(flags.labels(name, dataset, bits, seed, given),
               flags.configured(dataset, bits, seed, given, trainable_layer_num=0))
         for dataset in own.datasets for seed in own.seeds for bits in own.bits for name in (*BASELINES, EXACT)
+    ]  # fmt: skip
+
+
+def other_trials(own: Namespace, given: list[str]) -> list[Trial]:
+    """A trial per other method."""
+    return [
+        Trial(flags.labels(name, dataset, bits, seed, given),
+              flags.beside(method, dataset, bits, seed, given, **change))
+        for dataset in own.datasets for seed in own.seeds for bits in own.bits
+        for name, (method, change) in OTHERS.items()
     ]  # fmt: skip
 
 
@@ -118,6 +136,7 @@ def main(argv: list[str] | None = None) -> None:
     backbone = trials[0].config.backbone
     if not BACKBONES[backbone].pretrained:
         raise InputError(f"--backbone {backbone}: it has no frozen layers, whose features the baselines take")
+    trials = other_trials(own, given) + trials
     if own.dry_run:
         flags.announce(trials, f"and {len(frozen)} baselines: {', '.join((*BASELINES, EXACT))}")
         return
@@ -129,7 +148,7 @@ def main(argv: list[str] | None = None) -> None:
     frame = run_baselines(frozen, own)
     prepared.cache_clear()  # its memory is wanted
     frame = pd.concat([frame, sweep.run_trials(trials, own).drop(columns="result")])
-    theirs = {**{method: f"{method}+VGG" for method in BASELINES}, published.OURS: published.OURS}
+    theirs = {method: f"{method}+VGG" for method in BASELINES} | {name: name for name in (*OTHERS, published.OURS)}
     frame["published"] = [
         published.map_of("paper_table1_map", theirs.get(method, ""), dataset, bits)
         for method, dataset, bits in frame[["method", "dataset", "bits"]].to_numpy()

@@ -13,18 +13,20 @@ class MethodRow:
 
     Args:
         build: "module:function", (backbone, config) -> `methods.base.Method`.
-        bits: its flags' values -> bits of an image's code.
+        shape: its flags' values -> (M, K): an image's code is M numbers from 0 to K - 1.
+        of_bits: bits of a code -> the values of its flags that give such codes.
         flags: its own flags, by the heading under which `--help` shows them.
-        resolve: fills in its flags' values that depend on others, in place, given the backbone's row; raises InputError
-            if they do not go together.
+        resolve: fills in the values of its flags that depend on others, in place, given whether the backbone is a
+            pretrained one; raises InputError if they do not go together.
         defaults: its own defaults of the flags that all methods have; a pair, if its recipes `paper` and `release` have
             different ones.
     """
 
     build: str
-    bits: Callable[[dict], int]
+    shape: Callable[[dict], tuple[int, int]]
+    of_bits: Callable[[int], dict[str, object]]
     flags: dict[str, tuple[Flag, ...]] = field(default_factory=dict)
-    resolve: "Callable[[dict, BackboneRow], None]" = lambda values, backbone: None
+    resolve: Callable[[dict, bool], None] = lambda values, pretrained: None
     defaults: dict[str, object] = field(default_factory=dict)
 
 
@@ -50,12 +52,18 @@ class BackboneRow:
 
 
 METHODS: dict[str, MethodRow] = {
-    "MeCoQ": MethodRow("methods.mecoq:build", flags.bits_mecoq, flags.MECOQ, flags.resolve_mecoq),
-    "SPQ": MethodRow("methods.spq:build", flags.bits_spq, flags.SPQ, flags.resolve_spq, flags.SPQ_DEFAULTS),
-    "CIBHash": MethodRow(
-        "methods.cibhash:build", flags.bits_cibhash, flags.CIBHASH, flags.resolve_cibhash, flags.CIBHASH_DEFAULTS
+    "MeCoQ": MethodRow(
+        "methods.mecoq:build", flags.code_shape, lambda bits: {"M": bits // 8}, flags.MECOQ, flags.resolve_mecoq
     ),
-}
+    "SPQ": MethodRow(
+        "methods.spq:build", flags.code_shape, lambda bits: {"M": bits // 4}, flags.SPQ, flags.resolve_spq,
+        flags.SPQ_DEFAULTS,
+    ),
+    "CIBHash": MethodRow(
+        "methods.cibhash:build", lambda values: (values["code_length"] // 8, 256), lambda bits: {"code_length": bits},
+        flags.CIBHASH, flags.resolve_cibhash, flags.CIBHASH_DEFAULTS,
+    ),
+}  # fmt: skip
 
 BACKBONES: dict[str, BackboneRow] = {
     "vgg16": BackboneRow("methods.backbones:vgg16", trainable=2),

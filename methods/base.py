@@ -37,6 +37,9 @@ class Method(nn.Module):
     def after_step(self) -> None:
         """Whatever follows the optimiser's step, say filling a memory."""
 
+    def after_validation(self) -> None:
+        """Whatever follows a validation of the method while it is trained."""
+
     def parameter_groups(self, lr: float, backbone_lr: float) -> list[dict]:
         """The optimiser's groups: what is learned besides the backbone, and the backbone's trained blocks."""
         own = [p for name, p in self.named_parameters() if not name.startswith("backbone.")]

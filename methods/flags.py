@@ -3,12 +3,8 @@
 import math
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 from utils import InputError
-
-if TYPE_CHECKING:
-    from methods import BackboneRow
 
 Rule = Callable[[object], str | None]  # a value -> what is wrong with it
 
@@ -75,6 +71,11 @@ def positive(value: float) -> str | None:
     return None if value > 0 else "must be positive"
 
 
+def code_shape(values: dict) -> tuple[int, int]:
+    """M codebooks of K codewords."""
+    return values["M"], values["K"]
+
+
 def between(low: float, high: float, words: str) -> Rule:
     """low <= value < high."""
     return lambda value: None if low <= value < high else words
@@ -90,6 +91,9 @@ MECOQ: dict[str, tuple[Flag, ...]] = {
              between(2, 65537, "must be from 2 to 65536, two bytes per codebook at most")),
         Flag("codebooks", None, "result", "learn the codebooks, Eq. 14, or leave them as they were drawn, as the "
              "released code does", choices=("trained", "frozen"), recipe=("trained", "frozen")),
+        Flag("codebook_init", None, "result", "how codewords are drawn: sphere: uniform directions; xavier: each "
+             "number uniform, then normalised, as in the released code, so that they crowd towards a cube's diagonals",
+             choices=("sphere", "xavier"), recipe=("sphere", "xavier")),
         Flag("alpha", 10.0, "result", "alpha, sharpness of the soft codes, Eq. 2", positive),
     ),
     "MeCoQ: loss and code memory (Eq. 6-14)": (
@@ -129,7 +133,7 @@ MECOQ: dict[str, tuple[Flag, ...]] = {
 }  # fmt: skip
 
 
-def resolve_mecoq(values: dict, _: "BackboneRow") -> None:
+def resolve_mecoq(values: dict, _: bool) -> None:
     """Fill in what depends on other flags of MeCoQ. Raises InputError if they do not go together."""
     if values["feat_dim"] % values["M"]:
         raise InputError(
@@ -142,11 +146,6 @@ def resolve_mecoq(values: dict, _: "BackboneRow") -> None:
         values["memory"], values["queue_begin_epoch"] = "none", -1
     if values["mode"] == "simple":
         values["pos_prior"] = 0.0
-
-
-def bits_mecoq(values: dict) -> int:
-    """Bits of an image's code: M log2 K."""
-    return round(values["M"] * math.log2(values["K"]))
 
 
 # ---------------------------------------------------------------- SPQ
@@ -193,23 +192,18 @@ SPQ_DEFAULTS: dict[str, object] = {
 }  # fmt: skip
 
 
-def resolve_spq(values: dict, backbone: "BackboneRow") -> None:
+def resolve_spq(values: dict, pretrained: bool) -> None:
     """Fill in what depends on other flags of SPQ. Raises InputError if they do not go together."""
     name = values["backbone"]
-    if backbone.pretrained and not values["head_only"]:
+    if pretrained and not values["head_only"]:
         raise InputError(
             f"--backbone {name}: SPQ trains a network of its own from scratch, --backbone resnet18_small; to learn its "
             f"head and codebooks alone on the frozen features of {name}, add --head_only"
         )
-    if values["head_only"] and (not backbone.pretrained or values["trainable_layer_num"]):
+    if values["head_only"] and (not pretrained or values["trainable_layer_num"]):
         raise InputError("--head_only: needs a pretrained --backbone, and --trainable_layer_num 0")
     if values["start_lr"] is None:
         values["start_lr"] = values["lr"]
-
-
-def bits_spq(values: dict) -> int:
-    """Bits of an image's code: M log2 K."""
-    return values["M"] * round(math.log2(values["K"]))
 
 
 # ---------------------------------------------------------------- CIBHash
@@ -246,12 +240,7 @@ CIBHASH_DEFAULTS: dict[str, object] = {
 }  # fmt: skip
 
 
-def resolve_cibhash(values: dict, _: "BackboneRow") -> None:
+def resolve_cibhash(values: dict, _: bool) -> None:
     """Fill in the number of epochs, which depends on the code length."""
     if values["epoch_num"] is None:
         values["epoch_num"] = 80 if values["code_length"] == 16 else 60
-
-
-def bits_cibhash(values: dict) -> int:
-    """Bits of an image's code."""
-    return values["code_length"]

@@ -22,17 +22,18 @@ class CodebookAttention(nn.Module):
     """The quantizer: M codebooks of K codewords of d = D / M dimensions, Eq. 1-5 and 15.
 
     Codewords are stored with a small norm and normalised where they are used: their direction alone matters, and
-    a short vector turns further for the same gradient, which lets them keep up with the projection. `trained` False
-    leaves them as they were drawn, as the released code does.
+    a short vector turns further for the same gradient, which lets them keep up with the projection.
     """
 
     INITIAL_NORM = 0.1
 
-    def __init__(self, M: int, K: int, D: int, alpha: float, trained: bool = True) -> None:
+    def __init__(self, codebooks: "Codebooks") -> None:
         super().__init__()
-        self.M, self.K, self.d, self.alpha = M, K, D // M, alpha
-        codebooks = self.INITIAL_NORM * F.normalize(torch.randn(M, K, self.d), dim=-1)
-        self.codebooks = nn.Parameter(codebooks, requires_grad=trained)
+        self.M, self.K, self.d, self.alpha = codebooks.M, codebooks.K, codebooks.D // codebooks.M, codebooks.alpha
+        shape = self.M, self.K, self.d
+        # normalised numbers of a normal distribution have no preferred direction; those of a uniform one, do
+        drawn = torch.randn(shape) if codebooks.init == "sphere" else torch.empty(shape).uniform_(-1, 1)
+        self.codebooks = nn.Parameter(self.INITIAL_NORM * F.normalize(drawn, dim=-1), requires_grad=codebooks.trained)
 
     def codewords(self) -> Tensor:
         """Unit codewords `[M, K, d]`."""
@@ -64,27 +65,33 @@ class CodebookAttention(nn.Module):
 
 
 class CodeMemory(nn.Module):
-    """A queue of the last `size` entries, `[size, *shape]`; the oldest leave first. Slots never filled stay out."""
+    """A queue of the last `size` entries, `[size, *shape]`; the oldest leave first. Slots never written stay out.
 
-    def __init__(self, size: int, *shape: int) -> None:
+    Args:
+        advance: slots by which it moves on with every batch of entries, if that is larger than the batch: after a
+            partial one the released code moves on by a whole one, so that older entries stay. 0: by what was written.
+    """
+
+    def __init__(self, size: int, *shape: int, advance: int = 0) -> None:
         super().__init__()
-        self.size = size
-        self.next = 0  # the slot that is written next: the oldest one once the queue is full
-        self.filled = 0
+        self.size, self.advance = size, advance
+        self.next = 0  # the slot that is written next
         self.register_buffer("codes", torch.zeros(size, *shape), persistent=False)
+        self.written = torch.zeros(size, dtype=torch.bool)  # on the CPU: the host must not wait for the device
 
     @torch.no_grad()
     def enqueue(self, entries: Tensor) -> None:
         """Append entries `[B, *shape]`, in their order; any B."""
         entries = entries[-self.size :].detach()
-        slots = (self.next + torch.arange(len(entries), device=self.codes.device)) % self.size
-        self.codes[slots] = entries
-        self.next = (self.next + len(entries)) % self.size
-        self.filled = min(self.filled + len(entries), self.size)
+        step = max(len(entries), self.advance)
+        for tensor, values in ((self.codes, entries), (self.written, True)):
+            tensor[(self.next + torch.arange(len(entries), device=tensor.device)) % self.size] = values
+        self.next = (self.next + step) % self.size
 
     def entries(self) -> Tensor:
-        """The entries held, `[filled, *shape]`, in no particular order."""
-        return self.codes[: self.filled]
+        """The entries held, `[B, *shape]`, in no particular order."""
+        held = int(self.written.sum())
+        return self.codes[:held] if self.written[:held].all() else self.codes[self.written.to(self.codes.device)]
 
 
 def hard_reconstruction(quantizer: CodebookAttention, z: Tensor) -> Tensor:
@@ -107,13 +114,15 @@ def used_codewords(codes: Tensor, K: int) -> tuple[float, float]:
 @dataclass(frozen=True)
 class Codebooks:
     """M codebooks of K codewords for embeddings of D dimensions; `alpha`: sharpness of the soft codes, Eq. 2;
-    `trained`: whether they learn."""
+    `trained`: whether they learn. `init`: "sphere": uniform directions; "xavier": each number uniform, as in the
+    released code."""
 
     M: int
     K: int
     D: int
     alpha: float = 10.0
     trained: bool = True
+    init: str = "sphere"
 
 
 @dataclass(frozen=True)
@@ -121,12 +130,13 @@ class Memory:
     """A code memory of `size` entries, used as negatives from epoch `begin` on, Eq. 12-13.
 
     `kind`: what it keeps (paper, Table 2): "soft" codes, "hard" codes (as one-hot rows), or the "feature", the
-    embedding before quantization.
+    embedding before quantization. `advance`: see `CodeMemory`.
     """
 
     kind: str
     size: int
     begin: int = 0
+    advance: int = 0
 
 
 @dataclass(frozen=True)
@@ -169,8 +179,10 @@ class MeCoQ(Method):
         M, K, D = codebooks.M, codebooks.K, codebooks.D
         self.objective, self.search, self.memory_options = objective, search or Search(), memory
         self.projection = nn.Linear(backbone.dim, D)
-        self.quantizer = CodebookAttention(M, K, D, codebooks.alpha, codebooks.trained)
-        self.memory = CodeMemory(memory.size, M, D // M if memory.kind == "feature" else K) if memory else None
+        self.quantizer = CodebookAttention(codebooks)
+        self.memory = None
+        if memory:
+            self.memory = CodeMemory(memory.size, M, D // M if memory.kind == "feature" else K, advance=memory.advance)
         self.latest: tuple[Tensor, Tensor] | None = None  # embeddings and soft codes of the step
 
     def project(self, features: Tensor) -> Tensor:
@@ -221,18 +233,18 @@ class MeCoQ(Method):
             self.memory.enqueue(soft_codes)
 
     def recall(self, codewords: Tensor) -> Tensor:
-        """The memory's vectors `[filled, M, d]`: codes are reconstructed with today's codewords, Eq. 12."""
+        """The memory's vectors `[B, M, d]`: codes are reconstructed with today's codewords, Eq. 12."""
         entries = self.memory.entries()
         return entries if self.memory_options.kind == "feature" else self.quantizer.reconstruct(entries, codewords)
 
     def extra_state(self) -> dict | None:
         memory = self.memory
-        return memory and {"codes": memory.codes, "next": memory.next, "filled": memory.filled}
+        return memory and {"codes": memory.codes, "next": memory.next, "written": memory.written}
 
     def load_extra_state(self, state: dict | None) -> None:
         if self.memory is not None:
             self.memory.codes.copy_(state["codes"])
-            self.memory.next, self.memory.filled = state["next"], state["filled"]
+            self.memory.next, self.memory.written = state["next"], state["written"].cpu()
 
     def codes(self, z: Tensor) -> Tensor:
         return self.quantizer.hard_codes(z)
@@ -261,7 +273,8 @@ def build(backbone: nn.Module, config: Namespace) -> MeCoQ:
     """The method that the flags describe."""
     memory = None
     if config.memory != "none":
-        memory = Memory(config.memory, config.queue_size, config.queue_begin_epoch)
+        advance = 2 * config.batch_size if config.queue_advance == "batch" else 0
+        memory = Memory(config.memory, config.queue_size, config.queue_begin_epoch, advance)
     objective = Objective(
         T=config.T,
         pos_prior=config.pos_prior,
@@ -272,5 +285,6 @@ def build(backbone: nn.Module, config: Namespace) -> MeCoQ:
         negative_bound=config.negative_bound,
         normalize_memory=config.normalize_memory,
     )
-    codebooks = Codebooks(config.M, config.K, config.feat_dim, config.alpha, config.codebooks == "trained")
+    trained = config.codebooks == "trained"
+    codebooks = Codebooks(config.M, config.K, config.feat_dim, config.alpha, trained, config.codebook_init)
     return MeCoQ(backbone, codebooks, objective, memory, Search(config.symmetric_distance, config.normalize_query))

@@ -1,5 +1,6 @@
-# Sourced by run0001.sh ... run0024.sh, which leave their flags in $flags: starts main.py with them. The first argument is
-# the device, a GPU's number or cpu; all further ones are flags of main.py, and win. Paths count from the top folder.
+# Sourced by run0001.sh ... run0024.sh, spq_*.sh and cibhash_*.sh, which leave their flags in $flags: starts main.py with
+# them. The first argument is the device, a GPU's number or cpu; all further ones are flags of main.py, and win. Paths
+# count from the top folder.
 set -euo pipefail
 case "${1:-}" in
     cpu) device=cpu ;;

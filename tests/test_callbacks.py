@@ -7,7 +7,7 @@ from helpers import FROZEN, config_of, method_of, splits_of
 
 import engine
 from experiments import callbacks, sweep
-from methods.mecoq import CodebookAttention, used_codewords
+from methods.mecoq import CodebookAttention, Codebooks, used_codewords
 
 
 def nearest(codewords, segment):
@@ -24,7 +24,7 @@ def test_codewords_in_use_are_counted():
 
 
 def test_reconstructions_and_distances():
-    quantizer = CodebookAttention(2, 5, 6, 10.0)
+    quantizer = CodebookAttention(Codebooks(2, 5, 6, 10.0))
     z = torch.randn(7, 6)
     made = callbacks.quantized(quantizer, z)
     codewords = torch.nn.functional.normalize(quantizer.codebooks.double(), dim=-1).detach().numpy()

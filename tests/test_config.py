@@ -24,6 +24,8 @@ DEFAULTS = {
     "disable_writer": False, "disable_scheduler": False, "download_cifar10": False, "limit": None,
     "hp_lambda": 0, "codebooks": "trained", "pairing": "own", "debias_memory": True, "negative_bound": "dcl",
     "normalize_memory": True, "keep_lr_scaling": True, "normalize_query": True, "detect_anomaly": False,
+    "codebook_init": "sphere", "queue_advance": "entries", "ties": "expected", "augmentation": "MeCoQ",
+    "drop_last": False, "schedule": "batch",
     "memory": "none", "skip_bad_images": False,
     "test_only": False, "checkpoint": None, "resume": False, "overwrite": False, "compile": False, "save_interval": 500,
 }  # fmt: skip
@@ -72,7 +74,7 @@ def test_dry_run_touches_neither_data_nor_device_nor_disk(tmp_path):
 RELEASE = {
     "codebooks": "frozen", "pairing": "all", "debias_memory": False, "negative_bound": "release",
     "normalize_memory": False, "keep_lr_scaling": False, "normalize_query": False, "hp_lambda": 1,
-    "detect_anomaly": True,
+    "detect_anomaly": True, "codebook_init": "xavier", "queue_advance": "batch", "ties": "database",
 }  # fmt: skip
 
 
@@ -139,13 +141,61 @@ def test_defaults_that_depend_on_other_flags(capsys):
         "--device cuda:00", "--batch_size 100000000000000000000",
         "--notes ../up", "--notes a/b", "--notes .", "--notes ", "--backbone convnet --weights imagenet",
         "--test_only", "--checkpoint model.cpt", "--test_only --checkpoint model.cpt --weights imagenet",
-        "--warmup_epoch_num -1", "--lr_scaling -1", "--mo debias",
+        "--warmup_epoch_num -1", "--lr_scaling -1", "--mo debias", "--method SPQ --K 10", "--method SPQ --alpha 10",
+        "--method SPQ --backbone vgg16", "--method SPQ --head_only", "--method CIBHash --code_length 12",
+        "--anchors both", "--method SPQ --head_only --backbone vgg16 --trainable_layer_num 1", "--method CIBHash --M 4",
+        "--method SPQ --views pil", "--method CIBHash --freeze_bn", "--code_length=16",
     ],
 )  # fmt: skip
 def test_bad_flags_are_refused_in_one_line(flags, capsys):
     given = flags.split(" ")
     error = refused(capsys, *given)
-    assert any(flag in error for flag in given if flag.startswith("--"))
+    assert any(flag.partition("=")[0] in error for flag in given if flag.startswith("--"))
+
+
+SPQ = {
+    "protocol": "official", "backbone": "resnet18_small", "weights": "random", "image_size": 32, "batch_size": 256,
+    "drop_last": True, "optimizer": "Adam", "lr": 3e-4, "hp_beta": 1e-5, "start_lr": 3e-4, "warmup_epoch_num": 10,
+    "final_lr": 0, "epoch_num": 5000, "eval_interval": 100, "topK": 1000, "M": 8, "K": 16, "L": 16, "T": 0.5,
+    "soft_quantization_scale": 5, "notes": "SPQ-CIFAR10official32bits",
+}  # fmt: skip
+CIBHASH = {
+    "backbone": "vgg16", "image_size": 224, "batch_size": 64, "drop_last": False, "optimizer": "Adam", "lr": 1e-3,
+    "hp_beta": 0, "disable_scheduler": True, "epoch_num": 80, "eval_interval": 20, "monitor_counter": 6, "topK": 1000,
+    "code_length": 16, "hidden_dim": 1024, "T": 0.3, "kl_weight": 0.001,
+}  # fmt: skip
+# as the fact sheets' last sections have them: flag -> (paper, release)
+RECIPES = {
+    "SPQ": {
+        "augmentation": ("SPQ", "SPQ-release"), "schedule": ("epoch", "returning"), "head_init": ("normal", "uniform"),
+        "pairs": ("cross", "all"), "anchors": ("embeddings", "both"), "freeze_bn": (False, True),
+    },
+    "CIBHash": {
+        "protocol": ("II", "CIBHash"), "sampling": ("bernoulli", "sign"), "alphabet": ("01", "pm"),
+        "detach_kl": (False, True),
+    },
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("method", "defaults"), [("SPQ", SPQ), ("CIBHash", CIBHASH)])
+def test_each_method_has_defaults_and_recipes_of_its_own(method, defaults, capsys):
+    paper, release = (dry_run(capsys, "--method", method, "--recipe", recipe) for recipe in ("paper", "release"))
+    assert {name: paper[name] for name in defaults} == defaults
+    columns = RECIPES[method] | {"ties": ("expected", "database"), "recipe": ("paper", "release")}
+    found = {name: (paper[name], release[name]) for name in paper if paper[name] != release[name] and name != "notes"}
+    assert found == columns
+    for name, (_, value) in RECIPES[method].items():  # a flag that is given wins
+        given = f"--{'' if value else 'no-'}{name}" if isinstance(value, bool) else f"--{name}={value}"
+        assert dry_run(capsys, "--method", method, given)[name] == value
+        assert f"{name}={value}" in recipe_line(config.parse(["--method", method, "--recipe", "release"]))
+
+
+def test_defaults_of_a_method_that_depend_on_other_flags(capsys):
+    assert dry_run(capsys, "--method", "CIBHash", "--code_length", "32")["epoch_num"] == 60
+    assert dry_run(capsys, "--method", "CIBHash", "--epoch_num", "3")["epoch_num"] == 3
+    head = dry_run(capsys, "--method", "SPQ", "--head_only", "--backbone", "vgg16", "--lr", "0.001")
+    assert (head["image_size"], head["weights"], head["start_lr"]) == (224, "imagenet", 0.001)
+    assert not dry_run(capsys, "--method", "CIBHash", "--no-disable_scheduler")["disable_scheduler"]
 
 
 def test_help_groups_flags_and_names_symbols():
@@ -160,6 +210,8 @@ def test_help_shows_every_default_once():
     assert "(default: 0.01)" in text
     assert "%(default)" not in text
     assert text.count("[recipe]") == len(RELEASE) + 1  # and in the help of --recipe
+    for method in ("SPQ", "CIBHash"):
+        assert build_parser(method).format_help().count("[recipe]") == len(RECIPES[method]) + 2  # and --ties
 
 
 # ---------------------------------------------------------------- no PyTorch before it is needed
@@ -216,6 +268,17 @@ def test_a_key_has_the_flags_that_affect_results_and_are_not_at_their_default():
     assert release == {name: value for name, value in RELEASE.items() if name != "detect_anomaly"} | {
         "recipe": "release"
     }
+
+
+def test_methods_on_the_same_images_share_caches():
+    flags = ["--dataset", "CIFAR10", "--protocol", "II", "--backbone", "resnet50", "--augmentation", "SPQ"]
+    methods = (["--method", "MeCoQ"], ["--method", "CIBHash"], ["--method", "SPQ", "--head_only"])
+    first, *others = (config.parse([*method, *flags]) for method in methods)
+    for other in others:
+        for kinds in (("images",), ("features",), ("views",), ("images", "features", "views")):
+            assert key(other, *kinds) == key(first, *kinds)
+        assert key(other) != key(first)
+    assert key(config.parse(["--method", "CIBHash"]), "images") == {"protocol": "II"}  # its default, not MeCoQ's
 
 
 def test_stored_configurations_are_compared_by_what_affects_results():

@@ -61,6 +61,40 @@ def test_cifar10_protocols(protocol, cifar10_root):
     assert not splits.canonical
 
 
+def test_golden_split_of_cibhash(golden):
+    """Positions within each class, and the halves of the official test images; by their hashes, too."""
+    numbers = golden("cibhash")
+    labels = np.random.RandomState(3).permutation(np.repeat(np.arange(10), 6000))
+    labels[:50000] = np.random.RandomState(4).permutation(np.repeat(np.arange(10), 5000))
+    indices = data.cibhash_indices(50000, labels)
+    of_class = [np.flatnonzero(labels[:50000] == c) for c in range(10)]
+    ranks = [np.searchsorted(of_class[c], part) for c, part in enumerate(indices["train"].reshape(10, 500))]
+    parts = {"train_rank": np.stack(ranks), "val": indices["validation"] - 50000, "test": indices["query"] - 50000}
+    hashes = json.loads(str(numbers["config"]))["split_sha256"]
+    for name, part in parts.items():
+        np.testing.assert_array_equal(part, numbers[f"split/{name}"])
+        assert hashlib.sha256(part.astype("<i8").tobytes()).hexdigest() == hashes[name]
+    np.testing.assert_array_equal(indices["database"], np.arange(50000))
+
+
+def test_the_official_split_and_that_of_cibhash(cifar10_root):
+    official, cibhash = (data.load_splits(cifar10(cifar10_root, protocol)) for protocol in ("official", "CIBHash"))
+    assert [len(images) for images in official.all.values()] == [50000, 10000, 50000]
+    assert official.validation is None
+    sizes = {name: len(images) for name, images in cibhash.all.items()}
+    assert sizes == {"train": 5000, "query": 5000, "database": 50000, "validation": 5000}
+    assert np.bincount(cibhash.train.labels).tolist() == [500] * 10
+    last = readers.read_cifar10_batch(cifar10_root / "CIFAR-10/cifar-10-batches-py/test_batch")
+    assert np.array_equal(official.query.labels, last.labels)
+    limited = data.load_splits(cifar10(cifar10_root, "CIBHash"), limit=20)
+    assert [len(images) for images in limited.all.values()] == [20] * 4
+
+
+def test_cifar10_is_found_without_its_folder_too(cifar10_root, tmp_path):
+    (tmp_path / "cifar-10-batches-py").symlink_to(cifar10_root / "CIFAR-10/cifar-10-batches-py")
+    assert len(data.load_cifar10(cifar10(tmp_path, "official")).query) == 10000
+
+
 @pytest.mark.parametrize("pickle_protocol", [2, 4, 5])
 def test_cifar10_pixels_are_planes_of_rows(pickle_protocol, tmp_path):
     rows = np.random.default_rng(0).integers(0, 256, (10000, 3072), dtype=np.uint8)

@@ -11,6 +11,7 @@ import config
 import main
 import optimizer
 from config import rows
+from methods import METHODS
 
 BASE = [
     "--dataset", "Digits", "--backbone", "convnet", "--image_size", "16", "--limit", "60", "--epoch_num", "2",
@@ -51,6 +52,12 @@ CHANGES: dict[str, tuple[list[str], list[str]]] = {
     "M": ([], ["--M", "4"]),
     "K": ([], ["--K", "8"]),
     "codebooks": ([], ["--codebooks", "frozen"]),
+    "codebook_init": ([], ["--codebook_init", "xavier"]),
+    "queue_advance": (["--queue_begin_epoch", "0"], ["--queue_advance", "batch"]),
+    "augmentation": ([], ["--augmentation", "SPQ"]),
+    "drop_last": ([], ["--drop_last"]),
+    "schedule": ([], ["--schedule", "epoch"]),
+    "ties": ([], ["--ties", "database"]),
     "alpha": ([], ["--alpha", "5"]),
     "T": ([], ["--T", "0.4"]),
     "mode": ([], ["--mode", "simple"]),
@@ -84,6 +91,27 @@ CHANGES: dict[str, tuple[list[str], list[str]]] = {
     "overwrite": ([], ["--overwrite"]),
     "resume": ([], ["--resume"]),
 }  # fmt: skip
+SHORT = [
+    "--dataset", "Digits", "--image_size", "16", "--limit", "40", "--epoch_num", "2", "--batch_size", "16", "--topK",
+    "20", "--eval_interval", "1", "--num_workers", "0", "--feature_cache", "off", "--lr", "0.003",
+]  # fmt: skip
+OWN_BASES = {
+    "SPQ": [*SHORT, "--method", "SPQ", "--backbone", "resnet18_tiny", "--M", "2", "--K", "4", "--L", "4"],
+    "CIBHash": [*SHORT, "--method", "CIBHash", "--backbone", "convnet"],
+}
+# the same for the other methods' own flags; --head_only permits a backbone and changes nothing
+OWN_CHANGES = {
+    "SPQ": {
+        "M": ["--M", "3"], "K": ["--K", "8"], "L": ["--L", "5"], "T": ["--T", "0.4"], "pairs": ["--pairs", "all"],
+        "soft_quantization_scale": ["--soft_quantization_scale", "3"], "head_init": ["--head_init", "uniform"],
+        "anchors": ["--anchors", "both"], "freeze_bn": ["--freeze_bn"],
+    },
+    "CIBHash": {
+        "code_length": ["--code_length", "24"], "hidden_dim": ["--hidden_dim", "64"], "T": ["--T", "0.4"],
+        "sampling": ["--sampling", "sign"], "alphabet": ["--alphabet", "pm"], "kl_weight": ["--kl_weight", "0.1"],
+        "detach_kl": ["--detach_kl"],
+    },
+}  # fmt: skip
 # what has a test of its own: other images, a download, a device, a compiler, a test without a training, no run at all
 ELSEWHERE = {"method", "dataset", "protocol", "skip_bad_images", "download_cifar10", "device", "compile", "test_only",
              "checkpoint", "vgg_model_path", "dry_run"}  # fmt: skip
@@ -92,6 +120,9 @@ ELSEWHERE = {"method", "dataset", "protocol", "skip_bad_images", "download_cifar
 def test_every_flag_is_tried():
     assert CHANGES.keys() | ELSEWHERE == rows("MeCoQ").keys()
     assert not CHANGES.keys() & ELSEWHERE
+    for method, changes in OWN_CHANGES.items():
+        own = {flag.name for table in METHODS[method].flags.values() for flag in table}
+        assert changes.keys() | {"head_only"} == own | {"head_only"}
 
 
 @pytest.fixture(scope="module")
@@ -99,14 +130,14 @@ def outcome(weights, tmp_path_factory):
     """What comes out of a run with flags: a digest of all its results; each run is made once."""
     made: dict[tuple, str] = {}
 
-    def run(flags: list[str]) -> str:
+    def run(flags: list[str], base: list[str] = BASE) -> str:
         flags = [weights if flag == "WEIGHTS" else flag for flag in flags]
-        if tuple(flags) not in made:
+        if (*base, *flags) not in made:
             output = tmp_path_factory.mktemp("run")
             flags = [str(output / "cache") if flag == "FOLDER" else flag for flag in flags]
-            assert main.main([*BASE, *flags, "--output", str(output)]) == 0
-            made[tuple(flags)] = digest(next(output.glob("checkpoints/*")))
-        return made[tuple(flags)]
+            assert main.main([*base, *flags, "--output", str(output)]) == 0
+            made[(*base, *flags)] = digest(next(output.glob("checkpoints/*")))
+        return made[(*base, *flags)]
 
     return run
 
@@ -128,6 +159,12 @@ def test_a_flag_changes_what_it_affects(flag, outcome):
     beside, change = CHANGES[flag]
     same = outcome(beside) == outcome([*beside, *change])
     assert same == (rows("MeCoQ")[flag].affects in ("speed", "place", "action"))
+
+
+@pytest.mark.parametrize(("method", "flag"), [(method, flag) for method in OWN_CHANGES for flag in OWN_CHANGES[method]])
+def test_a_flag_of_another_method_changes_what_it_affects(method, flag, outcome):
+    base, change = OWN_BASES[method], OWN_CHANGES[method][flag]
+    assert outcome([], base) != outcome(change, base)
 
 
 # ---------------------------------------------------------------- optimisers

@@ -83,7 +83,7 @@ def sign_hashing(tmp_path, monkeypatch):
     assert len(SIGN_HASHING.strip().splitlines()) <= 60
     (tmp_path / "sign_hashing.py").write_text(SIGN_HASHING)
     monkeypatch.syspath_prepend(tmp_path)
-    row = MethodRow("sign_hashing:build", bits=lambda values: values["code_length"], flags=FLAGS)
+    row = MethodRow("sign_hashing:build", lambda values: (values["code_length"] // 8, 256), lambda bits: {}, FLAGS)
     monkeypatch.setitem(METHODS, "SignHashing", row)
     yield
     sys.modules.pop("sign_hashing", None)

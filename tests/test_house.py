@@ -24,7 +24,7 @@ ORDER = [
     {"results", "feature_cache", "optimizer"},
     {"checkpoint", "evaluation"},
     {"engine"},
-    {"main", "experiments"},
+    {"main", "main_SPQ", "experiments"},
     {"scripts"},
 ]
 LONGEST_FILE, LONGEST_FUNCTION, MOST_PARAMETERS = 400, 40, 6

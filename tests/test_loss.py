@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 import loss
 from config import recipe_defaults
-from methods.mecoq import CodebookAttention
+from methods.mecoq import CodebookAttention, Codebooks
 
 LOSS_FLAGS = ("pairing", "debias_memory", "negative_bound", "normalize_memory")
 
@@ -178,7 +178,7 @@ def test_golden_release_losses_and_gradients(golden):
     release = {flag: recipe_defaults("release")[flag] for flag in LOSS_FLAGS}
     for i, c in enumerate(json.loads(str(numbers["config"]))):
         x1, x2 = (torch.from_numpy(numbers[f"{i}/{name}"]).requires_grad_() for name in ("x1", "x2"))
-        quantizer = CodebookAttention(c["M"], c["K"], c["M"] * c["D"], alpha=10.0, trained=False)
+        quantizer = CodebookAttention(Codebooks(c["M"], c["K"], c["M"] * c["D"], alpha=10.0, trained=False))
         quantizer.codebooks.data = torch.from_numpy(numbers[f"{i}/C"])
         p, h = quantizer(torch.cat([x1, x2]))
         memory = None

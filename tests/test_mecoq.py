@@ -24,7 +24,7 @@ from utils import InputError
 
 def quantizer_of(codewords, alpha=10.0):
     M, K, d = codewords.shape
-    quantizer = CodebookAttention(M, K, M * d, alpha).to(codewords.dtype)
+    quantizer = CodebookAttention(Codebooks(M, K, M * d, alpha)).to(codewords.dtype)
     quantizer.codebooks.data = codewords.clone()
     return quantizer
 
@@ -74,7 +74,7 @@ def test_quantizer_is_its_equations():
 
 
 def test_quantizer_gradient_against_finite_differences():
-    quantizer = CodebookAttention(M=2, K=5, D=6, alpha=10.0).double()
+    quantizer = CodebookAttention(Codebooks(M=2, K=5, D=6, alpha=10.0)).double()
     z = torch.randn(3, 6, dtype=torch.float64, requires_grad=True)
 
     def f(z, codebooks):
@@ -99,20 +99,20 @@ def test_codewords_start_short_so_that_they_turn_quickly():
 
 @pytest.mark.parametrize(("K", "dtype"), [(2, torch.uint8), (256, torch.uint8), (257, torch.int32)])
 def test_codes_are_bytes_if_they_fit(K, dtype):
-    quantizer = CodebookAttention(M=1, K=K, D=8, alpha=10.0)
+    quantizer = CodebookAttention(Codebooks(M=1, K=K, D=8, alpha=10.0))
     codes = quantizer.hard_codes(quantizer.codewords()[0].detach())
     assert codes.dtype == dtype
     assert codes.flatten().tolist() == list(range(K))
 
 
 def test_large_codebooks_give_codes_above_a_byte():
-    quantizer = CodebookAttention(M=1, K=1000, D=8, alpha=10.0)
+    quantizer = CodebookAttention(Codebooks(M=1, K=1000, D=8, alpha=10.0))
     z = quantizer.codewords()[0, [3, 999, 256]].detach()
     assert quantizer.hard_codes(z).flatten().tolist() == [3, 999, 256]
 
 
 def test_zero_embedding_has_finite_codes():
-    quantizer = CodebookAttention(M=2, K=4, D=8, alpha=10.0)
+    quantizer = CodebookAttention(Codebooks(M=2, K=4, D=8, alpha=10.0))
     z = torch.zeros(1, 8, requires_grad=True)
     quantizer(z)[1].sum().backward()
     assert z.grad.isfinite().all()
@@ -134,6 +134,50 @@ def test_memory_is_a_queue(size, batches):
         assert entries.shape == (len(queue), 1, 2)
         assert sorted(entries[:, 0, 0].tolist()) == queue
         assert (entries[:, :, 0] == entries[:, :, 1]).all()
+
+
+@settings(deadline=None)
+@given(st.integers(1, 40), st.integers(1, 9), st.lists(st.integers(1, 9), max_size=12))
+def test_a_memory_that_moves_on_by_whole_batches(size, whole, batches):
+    """As the released queue: a partial batch leaves older entries where it did not write. Slots as a dictionary."""
+    batches = [min(batch, whole, size) for batch in batches]
+    memory, slots, count = CodeMemory(size, 1, 1, advance=whole), {}, 0
+    for number, batch in enumerate(batches):
+        rows = torch.arange(count, count + batch, dtype=torch.float32)
+        memory.enqueue(rows[:, None, None])
+        slots |= {(number * whole + i) % size: count + i for i in range(batch)}
+        count += batch
+        assert sorted(memory.entries().flatten().tolist()) == sorted(slots.values())
+
+
+def test_the_flag_makes_the_memory_move_on_by_both_views_of_a_batch():
+    flags = ("--batch_size", "16", "--queue_size", "48")
+    released, ours = (method_of(config_of(*flags, "--queue_advance", kind)) for kind in ("batch", "entries"))
+    for method, moved in ((released, 32), (ours, 24)):
+        method.loss(torch.rand(24, 3, 16, 16), 0)
+        method.after_step()
+        assert method.memory.next == moved
+        assert len(method.memory.entries()) == 24
+        state = method.extra_state()
+        other = method_of(config_of(*flags))
+        other.load_extra_state(state)
+        assert torch.equal(other.memory.entries(), method.memory.entries())
+
+
+def test_how_codewords_are_drawn():
+    """Normalised uniform numbers in two dimensions crowd towards the square's diagonals: the density of the angle t
+    within (-pi / 4, pi / 4) is 1 / (8 cos^2 t), against 1 / (2 pi) on the circle."""
+    within, expected = {}, {"sphere": 1 / 2, "xavier": 1 - np.tan(np.pi / 8)}
+    for init in expected:
+        quantizer = CodebookAttention(Codebooks(M=4, K=20000, D=8, alpha=10.0, init=init))
+        words = quantizer.codewords().detach()
+        torch.testing.assert_close(words.norm(dim=-1), torch.ones(4, 20000))
+        angle = torch.atan2(words[..., 1], words[..., 0]) % (np.pi / 2)
+        within[init] = ((angle - np.pi / 4).abs() < np.pi / 8).double().mean()  # of a diagonal
+        assert words.mean(dim=1).abs().max() < 0.03
+    assert within == pytest.approx(expected, abs=0.01)
+    built = [method_of(config_of("--codebook_init", init)).quantizer.codebooks for init in expected]
+    assert not torch.equal(*built)
 
 
 def test_memory_stays_out_of_the_state_dict_and_of_gradients():
@@ -226,7 +270,8 @@ def test_golden_release_trace(golden):
     c = json.loads(str(numbers["config"]))
     shared = ("K", "alpha", "T", "pos_prior", "queue_begin_epoch", "queue_size", "hp_lambda", "hp_gamma", "hp_beta",
               "lr", "momentum", "start_lr", "final_lr")  # fmt: skip
-    config = parse(["--recipe", "release", "--mode", "debias", "--M", str(c["M"])]).replace(
+    flags = ["--mode", "debias", "--M", str(c["M"]), "--batch_size", str(c["N"])]
+    config = parse(["--recipe", "release", *flags]).replace(
         epoch_num=c["epochs"], warmup_epoch_num=c["warmup_epochs"], feat_dim=c["M"] * c["D"], memory="soft",
         **{name: c[name] for name in shared},
     )  # fmt: skip

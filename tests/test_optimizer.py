@@ -25,6 +25,23 @@ def test_golden_learning_rate(golden):
     np.testing.assert_allclose(ours, numbers["lr"], rtol=1e-12)
 
 
+def test_golden_learning_rate_of_spq(golden):
+    """195 steps an epoch: it has fallen to 0 in epoch 205 and is back in epoch 400."""
+    schedule = Schedule(5000, 10, start=3e-4, base=3e-4, final=0.0, kind="returning")
+    ours = [schedule.rate(195 * epoch + step, 195) for epoch in range(1000) for step in (0, 194)]
+    np.testing.assert_allclose(ours, np.repeat(golden("spq")["lr/epoch"], 2), rtol=1e-12, atol=1e-18)
+    assert ours[2 * 205] == 0
+    assert ours[2 * 400] == pytest.approx(3e-4)
+
+
+def test_a_rate_by_epoch_falls_once_over_the_whole_training():
+    schedule = Schedule(50, 10, start=3e-4, base=3e-4, final=0.0, kind="epoch")
+    rates = np.array([schedule.rate(step, 4) for step in range(200)]).reshape(50, 4)
+    assert (rates == rates[:, :1]).all()
+    expected = 1.5e-4 * (1 + np.cos(np.pi * np.maximum(np.arange(50) - 10, 0) / 40))
+    np.testing.assert_allclose(rates[:, 0], expected, rtol=1e-12)
+
+
 @given(st.integers(1, 20), st.integers(1, 10), st.integers(0, 3))
 def test_learning_rate_rises_to_base_then_falls_towards_final(steps, epochs, warmup):
     schedule = Schedule(epochs, warmup, start=1e-5, base=0.01, final=1e-4)

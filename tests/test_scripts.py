@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 from helpers import ROOT, wait_for
 
-from config import parse
+from config import code_bits, parse
 
 # ---------------------------------------------------------------- run0001.sh ... run0024.sh
 
@@ -74,6 +74,18 @@ def test_there_is_a_script_for_each_row_and_no_other():
     assert [path.name for path in scripts] == [row["script"] for row in run_configs()]
     published, golden = (ROOT / folder / "run_configs.csv" for folder in ("docs/published", "tests/golden"))
     assert published.read_bytes() == golden.read_bytes()
+
+
+@pytest.mark.parametrize("bits", [16, 32, 64])
+def test_scripts_of_spq_and_cibhash(bits, stub):
+    _, calls = stub(f"scripts/spq_cifar10_{bits}bits.sh", "0")
+    spq = parse(calls[-1])
+    assert (spq.method, spq.protocol, spq.M, spq.K, spq.L) == ("SPQ", "official", bits // 4, 16, 16)
+    _, calls = stub(f"scripts/cibhash_cifar10_{bits}bits.sh", "1", "--recipe", "release")
+    cibhash = parse(calls[-1])
+    assert (cibhash.method, cibhash.protocol, cibhash.sampling) == ("CIBHash", "CIBHash", "sign")
+    assert (cibhash.epoch_num, cibhash.device) == (80 if bits == 16 else 60, "cuda:1")
+    assert code_bits(vars(spq)) == code_bits(vars(cibhash)) == bits
 
 
 def test_further_flags_are_passed_on_and_win(stub):

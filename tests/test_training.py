@@ -43,7 +43,7 @@ def test_memory_is_used_from_its_epoch_on_and_holds_both_views(monkeypatch):
     monkeypatch.setattr(MeCoQ, "recall", lambda *a: recalled.append(0) or recall(*a))
 
     def loss(method, views, epoch):
-        filled, before = method.memory.filled, len(recalled)
+        filled, before = int(method.memory.written.sum()), len(recalled)
         terms = original(method, views, epoch)
         seen.append((len(recalled) > before, filled))
         return terms

@@ -9,9 +9,15 @@ import torch
 from kornia.color import rgb_to_grayscale
 from kornia.filters import gaussian_blur2d
 from kornia.geometry.transform import crop_and_resize
+from PIL import Image
 from scipy import stats
 
+import data
+import loaders
 import spq_views
+import transforms
+from data import Splits
+from readers import ImageFiles, Images
 from transforms import CROP, FACTORS, FLIP, GREYED, ORDER, SIGMA
 
 VARIANTS = ("SPQ", "SPQ-release")
@@ -211,3 +217,132 @@ def test_a_batch_has_one_order_of_colours():
     seen, counts = np.unique(orders, axis=0, return_counts=True)
     assert [sorted(order) for order in seen.tolist()] == [[0, 1, 2, 3]] * 24
     assert stats.chisquare(counts).pvalue > 0.001
+
+
+# ---------------------------------------------------------------- batches
+
+
+def train_loader(images, variant="SPQ", workers=0, seed=1, mirrored=True, **options):
+    options = {"normalized": False, "batch_size": 5} | options
+    options = loaders.ViewOptions("batched", 32, seed=seed, augmentation=variant, **options)
+    return loaders.train_loader(Splits(images, images, images, mirrored), options, "cpu", workers)
+
+
+@pytest.fixture(params=["memory", "disk"])
+def images(request, photo_root):
+    """23 images."""
+    if request.param == "memory":
+        return Images(random_pixels(23, 16, 16).numpy(), np.arange(23))
+    source = data.Source("Flickr25K", "I", 1, photo_root / "datasets", photo_root / "data")
+    return data.load_splits(source).database.subset(np.arange(23))
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_views_depend_on_seed_and_epoch_but_not_on_workers(variant, images):
+    def one_epoch(epoch, **options):
+        loader = train_loader(images, variant, **options)
+        loader.set_epoch(epoch)
+        return list(loader)
+
+    before = torch.random.get_rng_state()
+    first = one_epoch(0)
+    assert torch.equal(before, torch.random.get_rng_state())
+    assert [batch.shape for batch in first] == [(10, 3, 32, 32)] * 4 + [(6, 3, 32, 32)]
+    assert all(torch.equal(a, b) for a, b in zip(first, one_epoch(0, workers=2), strict=True))
+    assert not torch.equal(first[0], one_epoch(1)[0])
+    assert not torch.equal(first[0], one_epoch(0, seed=2)[0])
+    assert not torch.equal(*first[0].chunk(2))
+
+
+@pytest.mark.parametrize("drop_last", [False, True])
+def test_an_epoch_goes_on_from_any_step(drop_last, images):
+    loader = train_loader(images, drop_last=drop_last)
+    loader.set_epoch(3)
+    whole = list(loader)
+    assert len(loader) == len(whole) == (4 if drop_last else 5)
+    for first_step in (2, 4):
+        loader.set_epoch(3, first_step)
+        rest = list(loader)
+        assert len(rest) == len(whole) - first_step
+        assert all(torch.equal(a, b) for a, b in zip(rest, whole[first_step:], strict=True))
+
+
+def test_each_batch_and_view_has_its_own_order_and_numbers(images):
+    numbers = {}
+    for epoch in (0, 1):
+        loader = train_loader(images)
+        loader.set_epoch(epoch)
+        numbers[epoch] = [part for _, drawn in loader.loader for part in drawn.chunk(2)]
+    orders = [tuple(part[:, ORDER].amax(dim=0).tolist()) for parts in numbers.values() for part in parts]
+    assert len(orders) == 20
+    assert len(set(orders)) > 9  # of 24
+    for parts in numbers.values():
+        crops = torch.cat(parts)[:, FACTORS]
+        assert len(crops.unique(dim=0)) == 46
+    assert not set(map(tuple, torch.cat(numbers[0])[:, FACTORS].tolist())) & set(
+        map(tuple, torch.cat(numbers[1])[:, FACTORS].tolist())
+    )
+
+
+@pytest.fixture
+def only_crops(monkeypatch):
+    """Crops and mirroring are all that is left of the augmentation."""
+    monkeypatch.setattr(spq_views, "CHANCES", transforms.Chances((0.08, 1.0), 1, 0.0, 0.0, 0.0))
+
+
+def written(images, folder):
+    """The same images on disk."""
+    names = [f"{i}.png" for i in range(len(images))]
+    for i, name in enumerate(names):
+        images.picture(i).save(folder / name)
+    return ImageFiles(folder, np.array(names), images.labels[:, None])
+
+
+@pytest.mark.parametrize("place", ["memory", "disk"])
+def test_the_first_views_of_a_batch_come_first_in_the_order_of_the_second(place, only_crops, tmp_path):
+    """Images of one grey each: what their index is shows in every view."""
+    shades = np.arange(0, 230, 10, dtype=np.uint8)
+    images = Images(np.broadcast_to(shades[:, None, None, None], (23, 32, 32, 3)).copy(), np.arange(23))
+    loader = train_loader(written(images, tmp_path) if place == "disk" else images)
+    rows = [[index for index, _ in batch] for batch in loader.batches]
+    assert sorted(index for row in rows for index in row) == list(range(23))
+    for row, views in zip(rows, loader, strict=True):
+        for half in views.mean(dim=(1, 2, 3)).chunk(2):
+            np.testing.assert_allclose(half * 255, shades[row], atol=1e-3)
+
+
+@pytest.mark.parametrize("place", ["memory", "disk"])
+@pytest.mark.parametrize("mirrored", [False, True])
+def test_views_are_mirrored_only_if_that_is_the_same_thing(mirrored, place, only_crops, tmp_path):
+    ramp = np.arange(0, 256, 8, dtype=np.uint8)[None, None, :, None]
+    images = Images(np.broadcast_to(ramp, (40, 32, 32, 3)).copy(), np.arange(40))
+    loader = train_loader(written(images, tmp_path) if place == "disk" else images, mirrored=mirrored)
+    views = torch.cat(list(loader))
+    turned = views[..., 0].mean(dim=(1, 2)) > views[..., -1].mean(dim=(1, 2))
+    assert len(turned) == 80
+    assert 25 < turned.sum() < 55 if mirrored else not turned.any()
+
+
+def test_photos_are_resized_as_a_whole(tmp_path, photo_root):
+    path = next((photo_root / "datasets").rglob("im1.jpg"))
+    picture = Image.open(path).resize((300, 170), Image.Resampling.BICUBIC)
+    picture.save(tmp_path / "a.png")
+    picture.save(tmp_path / "a.jpg", quality=95)
+    images = ImageFiles(tmp_path, np.array(["a.png", "a.jpg"]), np.zeros((2, 1)))
+    expected = np.asarray(picture.resize((64, 64), Image.Resampling.BILINEAR), int)
+    for index, most in ((0, 0.5), (1, 3)):
+        at, pixels = loaders.whole_photo(images, 64, index, 0)
+        assert (at, pixels.shape, pixels.dtype) == (index, (64, 64, 3), torch.uint8)
+        assert np.abs(pixels.numpy() - expected).mean() < most
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_the_loader_makes_the_variant_normalised_or_not(variant, images):
+    loader = train_loader(images, variant)
+    plain = next(iter(loader))
+    (pixels, numbers), *_ = loader.loader
+    expected = spq_views.augment(pixels.repeat(2, 1, 1, 1), numbers, 32, variant)
+    torch.testing.assert_close(plain, expected)
+    mean, std = (torch.tensor(v)[:, None, None] for v in ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)))
+    normalised = next(iter(train_loader(images, variant, normalized=True)))
+    torch.testing.assert_close(normalised, (plain - mean) / std)

@@ -116,9 +116,9 @@ def cache_key(
         names: identities of all of them, sorted, so that a list of images has an order that no split knows of.
     """
     if images.on_disk:
-        transform = repr(transforms.photo_transform(preprocessing.image_size))
+        transform = repr(transforms.photo_transform(preprocessing.image_size, preprocessing.normalized))
     else:
-        transform = f"{images.pixels.shape[1:]} enlarged and normalised"
+        transform = f"{images.pixels.shape[1:]} enlarged" + " and normalised" * preprocessing.normalized
     digest = hashlib.sha256(json.dumps(names.tolist()).encode())
     digest.update(images.state(names).encode())
     weights = hashlib.sha256()

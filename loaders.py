@@ -1,7 +1,7 @@
 """Batches on the device: two views of the training images, and test images."""
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
 
@@ -9,12 +9,14 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler
 from torchvision import transforms as T
+from torchvision.transforms.v2.functional import resize
 
+import spq_views
 import transforms
 from data import Splits
 from distributed import by_chunks
 from readers import ImageFiles, Images
-from utils import leave_signals, sample_seed, worker_count
+from utils import InputError, leave_signals, sample_seed, worker_count
 
 TEST_BATCH = 128  # images, whatever --batch_size: rounding must not depend on it
 
@@ -22,43 +24,55 @@ TEST_BATCH = 128  # images, whatever --batch_size: rounding must not depend on i
 @dataclass(frozen=True)
 class ViewOptions:
     """How training images become views. `kind`: "pil" makes them image by image in workers; "batched" only decodes and
-    crops images on disk there, all else happens on the device."""
+    crops images on disk there, all else happens on the device.
+
+    Args:
+        augmentation: "MeCoQ", or one of `spq_views.COLOURS`, whose views are always batched.
+        normalized: whether views are normalised by ImageNet's mean and deviation, or in [0, 1].
+        drop_last: whether a last batch that is smaller is left out.
+    """
 
     kind: str
     image_size: int
     batch_size: int
     seed: int
+    augmentation: str = "MeCoQ"
+    normalized: bool = True
+    drop_last: bool = False
 
 
 @dataclass(frozen=True)
 class Preprocessing:
-    """How test images become batches."""
+    """How test images become batches, normalised by ImageNet's mean and deviation or in [0, 1]."""
 
     image_size: int
     device: str
     num_workers: int
+    normalized: bool = True
 
 
 # ---------------------------------------------------------------- training images
 
 
 class ShuffledBatches(Sampler[list[tuple[int, int]]]):
-    """Batches of (image, seed of its views) of an epoch, from the `first` one on; the last batch may be smaller.
+    """Batches of (image, seed of its views) of an epoch, from the `first` one on; the last batch may be smaller, or is
+    left out then.
 
     Order and seeds are functions of (seed, epoch) alone, so views do not depend on the number of workers.
     """
 
-    def __init__(self, n: int, batch_size: int, seed: int) -> None:
-        self.n, self.batch_size, self.seed, self.epoch, self.first = n, batch_size, seed, 0, 0
+    def __init__(self, n: int, batch_size: int, seed: int, drop_last: bool = False) -> None:
+        self.n, self.batch_size, self.seed, self.drop_last = n, batch_size, seed, drop_last
+        self.epoch, self.first = 0, 0
 
     def __len__(self) -> int:
-        return -(-self.n // self.batch_size)
+        return self.n // self.batch_size if self.drop_last else -(-self.n // self.batch_size)
 
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
         generator = torch.Generator().manual_seed(sample_seed(self.seed, self.epoch))
         order = torch.randperm(self.n, generator=generator).tolist()
-        for start in range(self.first * self.batch_size, self.n, self.batch_size):
-            batch = order[start : start + self.batch_size]
+        for step in range(self.first, len(self)):
+            batch = order[step * self.batch_size : (step + 1) * self.batch_size]
             yield [(index, sample_seed(self.seed, self.epoch, index)) for index in batch]
 
 
@@ -113,6 +127,40 @@ class SmallViews(IterableDataset):
             yield torch.from_numpy(self.images.pixels[rows]).repeat(2, 1, 1, 1), drawn[:, rows].flatten(0, 1)
 
 
+def pixels_in_memory(images: Images, index: int, _: int) -> tuple[int, Tensor]:
+    """An image's index and pixels `[H, W, 3]` uint8."""
+    return index, torch.tensor(images.pixels[index])
+
+
+def whole_photo(images: ImageFiles, image_size: int, index: int, _: int) -> tuple[int, Tensor]:
+    """An image's index and its pixels, the whole of it resized: `[S, S, 3]` uint8."""
+    with images.opened(index) as photo:
+        pixels = photo.decoded(least=(image_size, image_size))
+    pixels = resize(torch.from_numpy(pixels).permute(2, 0, 1), [image_size, image_size], antialias=True)
+    return index, pixels.permute(1, 2, 0)
+
+
+class DrawnBatches:
+    """Batches of what `spq_views.two_views` makes views of: `[N, H, W, 3]` uint8 and the views' numbers `[2N, 15]`,
+    drawn for a whole epoch at once; the order of the colour operations is drawn for each batch and view.
+
+    Args:
+        loader: of the images of `batches` and their indices.
+        size: height and width of all images.
+    """
+
+    def __init__(self, loader: DataLoader, batches: ShuffledBatches, size: tuple[int, int], mirrored: bool) -> None:
+        self.loader, self.batches, self.size, self.mirrored = loader, batches, size, mirrored
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        n, seeds = self.batches.n, (self.batches.seed, self.batches.epoch, self.batches.n)
+        generator = torch.Generator().manual_seed(sample_seed(*seeds))
+        drawn = spq_views.draw_views(2 * n, self.size, self.mirrored, generator).view(2, n, -1)
+        for step, (rows, pixels) in enumerate(self.loader, self.batches.first):
+            generator.manual_seed(sample_seed(*seeds, step))
+            yield pixels, torch.cat([spq_views.with_one_order(view[rows], generator) for view in drawn])
+
+
 def views_first(items: list[tuple[Tensor, ...]]) -> list[Tensor]:
     """Tensors `[2, ...]` of N images -> `[2N, ...]`: all first views, then all second ones."""
     return [torch.stack(tensors, dim=1).flatten(0, 1) for tensors in zip(*items, strict=True)]
@@ -122,9 +170,7 @@ class TwoViews:
     """Batches of both views of the training images, `[2N, 3, S, S]` float32 on the device, all first views first. Its
     length is that of a whole epoch."""
 
-    def __init__(
-        self, loader: DataLoader, batches: ShuffledBatches, augment: Callable[..., Tensor], device: str
-    ) -> None:
+    def __init__(self, loader: Iterable, batches: ShuffledBatches, augment: Callable[..., Tensor], device: str) -> None:
         self.loader, self.batches, self.augment, self.device = loader, batches, augment, device
 
     def __len__(self) -> int:
@@ -140,21 +186,45 @@ class TwoViews:
 
 
 def train_loader(splits: Splits, options: ViewOptions, device: str, num_workers: int) -> TwoViews:
-    """Both views of the training images, in batches. Images in memory need no workers if views are batched."""
-    images, S = splits.train, options.image_size
-    batches = ShuffledBatches(len(images), options.batch_size, options.seed)
+    """Both views of the training images, in batches. Images in memory need no workers if views are batched. Raises
+    InputError if there is no batch."""
+    images, S, normalized = splits.train, options.image_size, options.normalized
+    batches = ShuffledBatches(len(images), options.batch_size, options.seed, options.drop_last)
+    if len(batches) == 0:
+        raise InputError(
+            f"{len(images)} training images make no whole batch of {options.batch_size}, and smaller ones are left "
+            "out: choose a smaller --batch_size"
+        )
+    if options.augmentation != "MeCoQ":
+        return spq_loader(splits, options, batches, device, num_workers)
     if options.kind == "batched" and not images.on_disk:
         small = SmallViews(images, splits.mirrored, batches)
         loader = DataLoader(small, batch_size=None, **_loader_options(device, 0))
-        return TwoViews(loader, batches, partial(transforms.augment_small, image_size=S), device)
+        augment = partial(transforms.augment_small, image_size=S, normalized=normalized)
+        return TwoViews(loader, batches, augment, device)
     if options.kind == "batched":
         draw = partial(photo_views, images, splits.mirrored, S)
-        augment = partial(by_chunks, transforms.augment_crops)
+        augment = partial(by_chunks, partial(transforms.augment_crops, normalized=normalized))
     else:
-        draw, augment = partial(pil_views, images, transforms.view_transform(S, splits.mirrored)), lambda x: x
+        transform = transforms.view_transform(S, splits.mirrored, normalized)
+        draw, augment = partial(pil_views, images, transform), lambda x: x
     views = SeededViews(draw)
     loader = DataLoader(views, batch_sampler=batches, collate_fn=views_first, **_loader_options(device, num_workers))
     return TwoViews(loader, batches, augment, device)
+
+
+def spq_loader(
+    splits: Splits, options: ViewOptions, batches: ShuffledBatches, device: str, num_workers: int
+) -> TwoViews:
+    """The same by SPQ's augmentation. Of images on disk, workers resize the whole to `[S, S]` first."""
+    images, S = splits.train, options.image_size
+    if images.on_disk:
+        read, size = partial(whole_photo, images, S), (S, S)
+    else:
+        read, size, num_workers = partial(pixels_in_memory, images), images.pixels.shape[1:3], 0
+    loader = DataLoader(SeededViews(read), batch_sampler=batches, **_loader_options(device, num_workers))
+    augment = partial(spq_views.two_views, image_size=S, variant=options.augmentation, normalized=options.normalized)
+    return TwoViews(DrawnBatches(loader, batches, size, splits.mirrored), batches, augment, device)
 
 
 # ---------------------------------------------------------------- test images
@@ -178,16 +248,16 @@ def test_batches(images: Images | ImageFiles, preprocessing: Preprocessing) -> I
 
     Those on disk go through `photo_transform` in workers; those in memory are square and resized on the device.
     """
-    S, device = preprocessing.image_size, preprocessing.device
+    S, device, normalized = preprocessing.image_size, preprocessing.device, preprocessing.normalized
     if images.on_disk:
-        photos = Photos(images, transforms.photo_transform(S))
+        photos = Photos(images, transforms.photo_transform(S, normalized))
         options = _loader_options(device, preprocessing.num_workers)
         for batch in DataLoader(photos, batch_size=TEST_BATCH, **options):
             yield batch.to(device, non_blocking=True)
     else:
         for start in range(0, len(images), TEST_BATCH):
             pixels = torch.from_numpy(images.pixels[start : start + TEST_BATCH]).to(device)
-            yield by_chunks(partial(transforms.enlarge, image_size=S), pixels)
+            yield by_chunks(partial(transforms.enlarge, image_size=S, normalized=normalized), pixels)
 
 
 test_batches.__test__ = False  # not a pytest function

@@ -9,6 +9,7 @@ pixel by pixel and (but for hue and clipping) linearly, as resizing does, so the
 import math
 from collections.abc import Callable
 from functools import cache
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -44,7 +45,7 @@ class Blur:
         return f"Blur(sigma={BLUR_SIGMAS})"
 
 
-def view_transform(image_size: int, mirrored: bool) -> transforms.Compose:
+def view_transform(image_size: int, mirrored: bool, normalized: bool = True) -> transforms.Compose:
     """The random augmentation that makes a view: PIL image -> `[3, S, S]` float32."""
     return transforms.Compose(
         [
@@ -53,23 +54,26 @@ def view_transform(image_size: int, mirrored: bool) -> transforms.Compose:
             transforms.RandomApply([JITTER], p=P_JITTER),
             transforms.RandomGrayscale(p=P_GREY),
             transforms.RandomApply([Blur()], p=P_BLUR),
-            transforms.ToTensor(),
-            transforms.Normalize(IMAGENET_MEAN, IMAGENET_STD),
+            *to_tensor(normalized),
         ]
     )
 
 
-def photo_transform(image_size: int) -> transforms.Compose:
+def photo_transform(image_size: int, normalized: bool = True) -> transforms.Compose:
     """What queries and database images on disk go through: the shorter side is resized to 256 / 224 S and the centre
     cut out. PIL image -> `[3, S, S]` float32."""
     return transforms.Compose(
         [
             transforms.Resize(round(image_size * 256 / 224)),
             transforms.CenterCrop(image_size),
-            transforms.ToTensor(),
-            transforms.Normalize(IMAGENET_MEAN, IMAGENET_STD),
+            *to_tensor(normalized),
         ]
     )
+
+
+def to_tensor(normalized: bool) -> list[Callable]:
+    """PIL image -> `[3, H, W]` float32 in [0, 1], or normalised by ImageNet's mean and deviation, step by step."""
+    return [transforms.ToTensor(), *[transforms.Normalize(IMAGENET_MEAN, IMAGENET_STD)] * normalized]
 
 
 # ---------------------------------------------------------------- what is drawn
@@ -79,9 +83,24 @@ def photo_transform(image_size: int) -> transforms.Compose:
 CROP, FLIP, ORDER, FACTORS, GREYED, SIGMA = slice(0, 4), 4, slice(5, 9), slice(9, 13), 13, 14
 
 
-def draw_views(heights: Tensor, widths: Tensor, mirrored: bool, generator: torch.Generator) -> Tensor:
-    """Random numbers of one view of each image, distributed as in `view_transform`: `[B, 15]` float32, see `CROP` ...
-    `SIGMA`.
+class Chances(NamedTuple):
+    """What random numbers of views are drawn by; the defaults are of MeCoQ's augmentation."""
+
+    scale: tuple[float, float] = SCALE  # of the crop: its share of the area
+    margin: int = 0  # pixels, by which both sides of a crop are shorter than the image's, at least
+    jitter: float = P_JITTER  # probabilities
+    grey: float = P_GREY
+    blur: float = P_BLUR
+
+
+MECOQ = Chances()
+
+
+def draw_views(
+    heights: Tensor, widths: Tensor, mirrored: bool, generator: torch.Generator, chances: Chances = MECOQ
+) -> Tensor:
+    """Random numbers of one view of each image, `[B, 15]` float32, see `CROP` ... `SIGMA`; distributed as in
+    `view_transform`, unless `chances` are others.
 
     Args:
         heights, widths: of the images, `[B]`, in pixels.
@@ -90,17 +109,17 @@ def draw_views(heights: Tensor, widths: Tensor, mirrored: bool, generator: torch
     def uniform(low: float, high: float, n: int = 1) -> Tensor:
         return torch.empty(len(heights), n).uniform_(low, high, generator=generator)
 
-    crops = draw_crops(heights[:, None], widths[:, None], uniform)
+    crops = draw_crops(heights[:, None], widths[:, None], uniform, chances)
     flips = uniform(0, 1) < (0.5 if mirrored else 0.0)
-    orders = torch.where(uniform(0, 1) < P_JITTER, uniform(0, 1, 4).argsort(dim=1), -1)
+    orders = torch.where(uniform(0, 1) < chances.jitter, uniform(0, 1, 4).argsort(dim=1), -1)
     ranges = (JITTER.brightness, JITTER.contrast, JITTER.saturation, JITTER.hue)
     factors = [uniform(*limits) for limits in ranges]
-    greyed = uniform(0, 1) < P_GREY
-    sigmas = torch.where(uniform(0, 1) < P_BLUR, uniform(*BLUR_SIGMAS), 0)
+    greyed = uniform(0, 1) < chances.grey
+    sigmas = torch.where(uniform(0, 1) < chances.blur, uniform(*BLUR_SIGMAS), 0)
     return torch.cat([crops, flips, orders, *factors, greyed, sigmas], dim=1)
 
 
-def draw_crops(heights: Tensor, widths: Tensor, uniform: Callable[..., Tensor]) -> Tensor:
+def draw_crops(heights: Tensor, widths: Tensor, uniform: Callable[..., Tensor], chances: Chances) -> Tensor:
     """Tops, lefts, heights and widths `[B, 4]` of crops: share of the area and logarithm of the ratio are uniform; what
     does not fit is drawn again, ten times at most, and the largest crop in the middle is taken then (as torchvision's
     RandomResizedCrop does).
@@ -109,10 +128,10 @@ def draw_crops(heights: Tensor, widths: Tensor, uniform: Callable[..., Tensor]) 
         heights, widths: of the images, `[B, 1]`.
         uniform: (low, high, n) -> `[B, n]`.
     """
-    areas = heights * widths * uniform(*SCALE, 10)
+    areas = heights * widths * uniform(*chances.scale, 10)
     ratios = uniform(math.log(RATIO[0]), math.log(RATIO[1]), 10).exp()
     high, wide = (areas / ratios).sqrt().round(), (areas * ratios).sqrt().round()
-    fits = (high > 0) & (high <= heights) & (wide > 0) & (wide <= widths)
+    fits = (high > 0) & (high <= heights - chances.margin) & (wide > 0) & (wide <= widths - chances.margin)
     first = fits.int().argmax(dim=1, keepdim=True)
     largest = (widths / RATIO[0]).round().minimum(heights), (heights * RATIO[1]).round().minimum(widths)
     chosen = fits.any(dim=1, keepdim=True)
@@ -144,7 +163,7 @@ def crop_view(photo: Tensor, drawn: Tensor, size: tuple[int, int], image_size: i
 # ---------------------------------------------------------------- what is done, in batches
 
 
-def augment_small(pixels: Tensor, drawn: Tensor, image_size: int) -> Tensor:
+def augment_small(pixels: Tensor, drawn: Tensor, image_size: int, normalized: bool = True) -> Tensor:
     """Views of small images: `[B, H, W, 3]` uint8 and their numbers `[B, 15]` (on the CPU) -> `[B, 3, S, S]` float32,
     channels last.
 
@@ -158,14 +177,14 @@ def augment_small(pixels: Tensor, drawn: Tensor, image_size: int) -> Tensor:
     columns = resize_weights(left, width, pixels.shape[2], image_size)  # [B, S, W]
     columns = torch.where(numbers[:, FLIP, None, None] > 0, columns.flip(1), columns)
     if min(pixels.shape[1:3]) < COLOURS_FIRST:
-        return augment_crops(resized(pixels.float(), rows, columns, round_to_bytes=True), drawn)
+        return augment_crops(resized(pixels.float(), rows, columns, round_to_bytes=True), drawn, normalized)
     rows, columns = (blurred(weights, numbers[:, SIGMA], dim=1) for weights in (rows, columns))
     x = pixels.permute(0, 3, 1, 2).contiguous().float()
     x = adjust_colours(x, drawn, rows.mean(dim=1)[:, None, :, None] * columns.mean(dim=1)[:, None, None, :])
-    return resized(normalised(x / 255).permute(0, 2, 3, 1), rows, columns)
+    return resized(from_bytes(x, normalized).permute(0, 2, 3, 1), rows, columns)
 
 
-def augment_crops(crops: Tensor, drawn: Tensor) -> Tensor:
+def augment_crops(crops: Tensor, drawn: Tensor, normalized: bool = True) -> Tensor:
     """Views from crops `[B, 3, S, S]`, whole numbers from 0 to 255 (see `crop_view`): colours and blur.
     `[B, 3, S, S]` float32."""
     S = crops.shape[-1]
@@ -175,16 +194,16 @@ def augment_crops(crops: Tensor, drawn: Tensor) -> Tensor:
     sigma = drawn[rows, SIGMA].to(x.device, non_blocking=True)
     rows = rows.to(x.device, non_blocking=True)
     x[rows] = blurred(blurred(x[rows], sigma, dim=2), sigma, dim=3).round()
-    return normalised(x / 255)
+    return from_bytes(x, normalized)
 
 
-def enlarge(pixels: Tensor, image_size: int) -> Tensor:
-    """Test images in memory, `[B, H, W, 3]` uint8, resized as Pillow does (bilinear, bytes in between), and normalised:
-    `[B, 3, S, S]` float32, channels last."""
+def enlarge(pixels: Tensor, image_size: int, normalized: bool = True) -> Tensor:
+    """Test images in memory, `[B, H, W, 3]` uint8, resized as Pillow does (bilinear, bytes in between), and normalised
+    or not: `[B, 3, S, S]` float32, channels last."""
     _, H, W, _ = pixels.shape
     zero = torch.zeros(1, device=pixels.device)
     rows, columns = (resize_weights(zero, zero + n, n, image_size).expand(len(pixels), -1, -1) for n in (H, W))
-    return normalised(resized(pixels.float(), rows, columns, round_to_bytes=True).div_(255))
+    return from_bytes(resized(pixels.float(), rows, columns, round_to_bytes=True), normalized)
 
 
 def adjust_colours(x: Tensor, drawn: Tensor, weights: Tensor) -> Tensor:
@@ -232,6 +251,12 @@ def saturation(x: Tensor, factor: Tensor, _: Tensor) -> Tensor:
 def hue(x: Tensor, factor: Tensor, _: Tensor) -> Tensor:
     """`factor` in full turns of the colour circle."""
     return (adjust_hue(x / 255, 2 * torch.pi * factor.flatten()) * 255).round() if len(x) else x
+
+
+def from_bytes(x: Tensor, normalized: bool) -> Tensor:
+    """Images `[B, 3, H, W]` of bytes as float32 -> in [0, 1], or normalised; in place."""
+    x = x.div_(255)
+    return normalised(x) if normalized else x
 
 
 def normalised(x: Tensor) -> Tensor:

@@ -21,7 +21,7 @@ from config import Config
 from distributed import check_device, use_device
 from experiments.callbacks import CALLBACKS
 from experiments.flags import Trial
-from experiments.view_cache import CachedViews, PassThrough, ViewCache, cache_key, can_cache
+from experiments.view_cache import CachedViews, PassThrough, ViewCache, cache_key, can_cache, views_key
 from results import Files
 from utils import (
     LOG,
@@ -62,8 +62,10 @@ class Shared:
         """The features of the views of `--epoch_num` epochs, from the cache, which is filled first."""
         n = len(self.splits.train)
         loader = engine.build_loader(configuration, self.splits)
+        loader.batches.drop_last = False  # trials with other batches may need the last images
         self.view_cache.fill(configuration.epoch_num, loader, self.backbone, n)
-        return CachedViews(self.view_cache, n, configuration.batch_size, configuration.device)
+        drop_last = getattr(configuration, "drop_last", False)
+        return CachedViews(self.view_cache, n, configuration.batch_size, configuration.device, drop_last)
 
     def images(self, n: int) -> Tensor:
         """The features of n training images at most, evenly spread, `[n, ...]` float32."""
@@ -84,7 +86,7 @@ class SharedBySeed:
         self.last: Shared | None = None
 
     def of(self, configuration: Config) -> Shared:
-        key = config.key(configuration, "images", "features", "views")
+        key = views_key(configuration)
         key |= {name: getattr(configuration, name) for name in ("weights", "trainable_layer_num", "device")}
         if key != self.key:
             self.last = None

@@ -36,11 +36,20 @@ def can_cache(backbone: Backbone) -> bool:
     return backbone.split == len(backbone.blocks) and not dropout
 
 
+def views_key(configuration: Config) -> dict[str, object]:
+    """The flags that features of views depend on. SPQ's colour operations have an order per batch: another batch size
+    makes other views."""
+    key = config.key(configuration, "images", "features", "views")
+    if getattr(configuration, "augmentation", "MeCoQ") != "MeCoQ":
+        key["batch_size"] = configuration.batch_size
+    return key
+
+
 def cache_key(configuration: Config, fingerprint: str) -> dict[str, object]:
     """All that features of views depend on; the fingerprint is that of images and weights."""
     return {
         "format": FORMAT,
-        **config.key(configuration, "images", "features", "views"),
+        **views_key(configuration),
         "sha256": fingerprint,
         "processor": processor_name(configuration.device),
         "versions": [library.__version__ for library in (torch, torchvision, kornia, PIL, opencv())],
@@ -68,7 +77,7 @@ class ViewCache:
         """Check the files of the first epochs, and compute what is missing or damaged.
 
         Args:
-            loader: of the views of n training images.
+            loader: of the views of n training images, all of them.
 
         Raises InputError if the backbone is not frozen, or the disk is too full.
         """
@@ -137,10 +146,16 @@ class _Hashed:
 
 
 class CachedViews:
-    """Features of views `[2N, F]` batch by batch, as `loaders.TwoViews` gives the views themselves."""
+    """Features of views `[2N, F]` batch by batch, as `loaders.TwoViews` gives the views themselves.
 
-    def __init__(self, cache: ViewCache, n: int, batch_size: int, device: str) -> None:
-        self.cache, self.n, self.batch_size, self.device = cache, n, batch_size, device
+    Args:
+        n: training images.
+        drop_last: whether a last batch that is smaller is left out.
+    """
+
+    def __init__(self, cache: ViewCache, n: int, batch_size: int, device: str, drop_last: bool = False) -> None:
+        self.cache, self.batch_size, self.device = cache, batch_size, device
+        self.n = n - n % batch_size if drop_last else n
         self.set_epoch(0)
 
     def set_epoch(self, epoch: int, first_step: int = 0) -> None:

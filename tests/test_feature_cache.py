@@ -20,6 +20,7 @@ from helpers import (
     features_of,
     one_level_brighter,
     small_run,
+    splits_of,
     wait_for,
     write_flickr25k,
 )
@@ -30,6 +31,7 @@ import main
 import transforms
 from config import parse
 from feature_cache import Computed
+from loaders import Preprocessing
 from methods.backbones import build_backbone
 from utils import InputError
 
@@ -175,6 +177,28 @@ def test_each_thing_that_values_depend_on_makes_another_cache(change, weights, t
     assert all(torch.equal(values, off[name]) for name, values in values_of(config).items())
 
 
+@pytest.mark.parametrize("dataset", ["Digits", "Flickr25K"])
+def test_the_key_says_whether_images_are_normalised_and_caches_of_earlier_versions_count(dataset, photo_root):
+    images = splits_of(dataset, photo_root / "datasets", photo_root / "data", limit=9).query
+    earlier = {
+        "Digits": "(8, 8, 3) enlarged and normalised",
+        "Flickr25K": "Compose(\n    Resize(size=37, interpolation=bilinear, max_size=None, antialias=True)\n    "
+        "CenterCrop(size=(32, 32))\n    ToTensor()\n    Normalize(mean=(0.485, 0.456, 0.406), "
+        "std=(0.229, 0.224, 0.225))\n)",
+    }[dataset]
+    backbone, names = build_backbone("convnet", "random", 0, bf16=False), np.sort(images.identities())
+    first, second = (
+        feature_cache.cache_key(backbone, images, names, Preprocessing(32, "cpu", 0, normalized), {})
+        for normalized in (True, False)
+    )
+    assert first["transform"] == earlier
+    assert second.pop("transform") == earlier.replace(" and normalised", "").split("\n    Normalize")[0] + (
+        "\n)" if dataset == "Flickr25K" else ""
+    )
+    assert first.keys() - second.keys() == {"transform"}
+    assert second.items() <= first.items()
+
+
 @pytest.mark.parametrize("change", ["nothing", "time", "size", "transform"])
 def test_photos_that_changed_make_another_cache(change, tmp_path, monkeypatch, weights):
     """The flags are the same before and after: but for the change, the cache would be taken."""
@@ -194,7 +218,7 @@ def test_photos_that_changed_make_another_cache(change, tmp_path, monkeypatch, w
         os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns))
     elif change == "transform":
         original = transforms.photo_transform
-        changed = lambda size: transforms.transforms.Compose(original(size).transforms[1:])  # noqa: E731
+        changed = lambda *how: transforms.transforms.Compose(original(*how).transforms[1:])  # noqa: E731
         monkeypatch.setattr(transforms, "photo_transform", changed)
     before, after = folders_of(cache, config)
     assert len(before) == 1

@@ -13,7 +13,7 @@ ORDER = [
     {"utils"},
     {"decoding"},
     {"transforms", "retrieval", "distributed", "loss"},
-    {"readers"},
+    {"readers", "spq_views"},
     {"data"},
     {"loaders", "methods.flags"},
     {"methods"},

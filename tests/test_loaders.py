@@ -1,6 +1,7 @@
 """Batches of views and of test images."""
 
 import hashlib
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -13,6 +14,7 @@ import transforms
 from data import Splits
 from decoding import EncodedImage
 from readers import ImageFiles, Images
+from utils import InputError
 
 
 def pictures(n=23):
@@ -39,6 +41,50 @@ def test_batches_hold_every_image_once_and_the_last_is_smaller():
     assert sorted(index for batch in batches for index, _ in batch) == list(range(23))
     sampler.epoch = 1
     assert [i for b in sampler for i, _ in b] != [i for b in batches for i, _ in b]
+
+
+def test_a_last_batch_that_is_smaller_can_be_left_out():
+    kept, whole = (loaders.ShuffledBatches(23, 5, 1, drop_last) for drop_last in (True, False))
+    assert list(kept) == list(whole)[:4]
+    assert len(kept) == 4
+    kept.first = 3
+    assert [len(batch) for batch in kept] == [5]
+    assert len(loaders.ShuffledBatches(20, 5, 1, drop_last=True)) == 4
+    options = loaders.ViewOptions("batched", 32, 5, 1, drop_last=True)
+    assert [len(batch) for batch in loaders.train_loader(pictures(), options, "cpu", 0)] == [10] * 4
+
+
+@pytest.mark.parametrize("augmentation", ["MeCoQ", "SPQ"])
+def test_an_epoch_without_a_whole_batch_is_refused(augmentation):
+    options = loaders.ViewOptions("batched", 32, 24, 1, augmentation, drop_last=True)
+    with pytest.raises(InputError, match=r"^23 training images make no whole batch of 24, .*--batch_size$"):
+        loaders.train_loader(pictures(), options, "cpu", 0)
+    assert len(loaders.train_loader(pictures(), replace(options, batch_size=23), "cpu", 0)) == 1
+
+
+def as_pixels(x):
+    """Normalised images, in [0, 1] again."""
+    mean, std = (torch.tensor(v)[:, None, None] for v in ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)))
+    return x * std + mean
+
+
+@pytest.mark.parametrize("kind", ["batched", "pil"])
+@pytest.mark.parametrize("place", ["tiny", "memory", "disk"])
+def test_views_need_not_be_normalised(kind, place, photo_root):
+    source = data.Source("Flickr25K", "I", 1, photo_root / "datasets", photo_root / "data")
+    splits = pictures() if place == "tiny" else data.load_splits(source)
+    if place == "memory":
+        images = Images(np.random.default_rng(0).integers(0, 256, (23, 32, 32, 3), dtype=np.uint8), np.arange(23))
+        splits = Splits(images, images, images)
+    options = loaders.ViewOptions(kind, 40, 12, 1)
+    for a, b in zip(
+        loaders.train_loader(splits, options, "cpu", 0),
+        loaders.train_loader(splits, replace(options, normalized=False), "cpu", 0),
+        strict=True,
+    ):
+        torch.testing.assert_close(as_pixels(a), b, atol=1e-5, rtol=0)
+        assert -1e-5 < b.min() < 0.2
+        assert 0.5 < b.max() < 1 + 1e-5
 
 
 @pytest.mark.parametrize("kind", ["batched", "pil"])
@@ -170,6 +216,8 @@ def test_test_images_come_in_order_however_many_workers_read_them(workers, photo
     transform = transforms.photo_transform(32)
     expected = torch.stack([transform(images.picture(i)) for i in range(150)])
     assert torch.equal(torch.cat(batches), expected)
+    plain = loaders.test_batches(images, loaders.Preprocessing(32, "cpu", workers, normalized=False))
+    torch.testing.assert_close(torch.cat(list(plain)), as_pixels(expected))
 
 
 def test_test_images_in_memory_are_enlarged():
@@ -178,6 +226,14 @@ def test_test_images_in_memory_are_enlarged():
     assert [batch.shape for batch in batches] == [(128, 3, 48, 48), (2, 3, 48, 48)]
     expected = transforms.enlarge(torch.from_numpy(images.pixels), 48)
     assert torch.equal(torch.cat(batches), expected)
+    plain = loaders.test_batches(images, loaders.Preprocessing(48, "cpu", 4, normalized=False))
+    torch.testing.assert_close(torch.cat(list(plain)), as_pixels(expected), atol=1e-6, rtol=1e-5)
+
+
+def test_test_images_of_the_right_size_are_their_pixels():
+    images = pictures().query
+    (batch,) = loaders.test_batches(images, loaders.Preprocessing(16, "cpu", 0, normalized=False))
+    assert torch.equal(batch, torch.from_numpy(images.pixels).permute(0, 3, 1, 2) / 255)
 
 
 def test_random_streams_are_those_of_earlier_versions():

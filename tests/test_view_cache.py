@@ -1,6 +1,7 @@
 """A training on cached features of views is the run itself: its MAP is not only distributed alike, it is the same."""
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -62,6 +63,37 @@ def test_a_cache_holds_the_features_of_the_views(weights, tmp_path):
     others.set_epoch(2, first_step=3)
     assert len(others) == length
     assert all(torch.equal(a, b) for a, b in zip(others, whole[3:], strict=True))
+
+
+def test_a_cache_holds_the_images_that_a_trial_leaves_out(weights, tmp_path, monkeypatch):
+    configuration = frozen("--weights", weights, "--drop_last")
+    options = engine.view_options(configuration)
+    monkeypatch.setattr(engine, "view_options", lambda _: replace(options, drop_last=True))
+    shared = sweep.Shared(configuration, tmp_path)
+    assert len(shared.splits.train) == 60
+    cached = shared.cached_views(configuration)
+    assert [len(batch) for batch in cached] == [48, 48]  # both views of 24 images, twice
+    assert len(cached) == 2
+    cached.set_epoch(0, first_step=1)
+    assert [len(batch) for batch in cached] == [48]
+    whole = CachedViews(shared.view_cache, 60, configuration.batch_size, "cpu")
+    assert [len(batch) for batch in whole] == [48, 48, 24]
+    assert len(CachedViews(shared.view_cache, 60, 20, "cpu", drop_last=True)) == 3
+
+
+def test_spqs_views_depend_on_the_batch_size(monkeypatch):
+    """The order of the colour operations is drawn for each batch."""
+    key = cache_key(frozen(), "")
+    assert "batch_size" not in key
+    assert cache_key(frozen("--batch_size", "9"), "") == key
+    keys = [cache_key(frozen("--augmentation", "SPQ", "--batch_size", size), "") for size in ("9", "10")]
+    assert keys[0] != keys[1]
+    made = []
+    monkeypatch.setattr(sweep, "Shared", lambda configuration, _: made.append(configuration.batch_size))
+    shared = sweep.SharedBySeed(None)
+    for flags in (["9"], ["10"], ["9", "--augmentation", "SPQ"], ["10", "--augmentation", "SPQ"]):
+        shared.of(frozen("--batch_size", *flags))
+    assert made == [9, 9, 10]
 
 
 def test_a_cache_is_filled_once_and_of_one_thing(weights, tmp_path):

@@ -117,11 +117,9 @@ def train(configuration: Config, shared: Shared, folder: Path, callback: str | N
     training = engine.start(configuration, method, loader, path, shared.fingerprint, callbacks)
     if path and path.exists():
         training.restore(state_of(files, configuration))
+    measured = evaluation.Measure(configuration.topK, getattr(configuration, "ties", "database"))
     engine.train(
-        training,
-        loader,
-        lambda: evaluation.validate(method, shared.features, shared.splits, configuration.topK),
-        files.model,
+        training, loader, lambda: evaluation.validate(method, shared.features, shared.splits, measured), files.model
     )
     best = max(epoch["val_mAP"] for epoch in training.history if "val_mAP" in epoch)
     result = {"map": best, "history": training.history, "seconds": sum(training.stopwatch.seconds.values())}

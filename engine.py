@@ -269,14 +269,15 @@ def run(config: Config, files: Files, log: Path, state: dict | None = None, sign
     elif training.best_is_now:  # it may have been stopped before it was written
         files.check_lock()
         save_model(method, files.model)
+    measured = evaluation.Measure(config.topK, config.ties)
     with nullcontext() if config.disable_writer else Events(files.tensorboard) as training.events:
-        train(training, loader, lambda: evaluation.validate(method, features, splits, config.topK), files.model)
+        train(training, loader, lambda: evaluation.validate(method, features, splits, measured), files.model)
     load_best(training, files.model)
     digest = sha256(files.model)  # before the test: a file may be replaced
     with training.stopwatch.measure("test"):
-        metrics, codes = evaluation.test(method, features, splits, config.topK)
+        metrics, codes = evaluation.test(method, features, splits, measured)
     told |= training.summary() | {"model_sha256": digest}
-    return report(files, splits.database.labels, metrics, codes, told)
+    return report(files, splits.database.labels, metrics, codes, measured.ties, told)
 
 
 def load_best(training: Training, path: Path) -> None:
@@ -306,11 +307,11 @@ def run_test(config: Config, files: Files, log: Path) -> dict:
             features = {"query": Computed(method.backbone, splits.query, preprocessing(config))}
     take_place(files, log, None)
     write_json(files.checkpoints / "config.json", recorded(config))
-    digest = sha256(checkpoint)
+    digest, measured = sha256(checkpoint), evaluation.Measure(config.topK, config.ties)
     with stopwatch.measure("test"):
-        metrics, codes = evaluation.test(method, features, splits, config.topK, codes)
+        metrics, codes = evaluation.test(method, features, splits, measured, codes)
     told |= {"epochs_run": 0, "best_epoch": None, "history": [], "seconds": stopwatch.seconds, "model_sha256": digest}
-    return report(files, splits.database.labels, metrics, codes, told)
+    return report(files, splits.database.labels, metrics, codes, measured.ties, told)
 
 
 def described(config: Config, splits: Splits) -> dict:

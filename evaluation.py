@@ -1,6 +1,7 @@
 """Encoding with a method, validation and test."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +15,7 @@ from loaders import Preprocessing
 from methods.base import Method
 from readers import ImageFiles, Images
 from results import read_codes
+from retrieval import Measure, Metrics
 from utils import LOG, InputError, NonFiniteError, progress_bar
 
 
@@ -47,33 +49,40 @@ def encode_queries(method: Method, batches: Features) -> Tensor:
 
 @torch.inference_mode()
 def measure(
-    metric: Callable[..., retrieval.Metrics | float], method: Method, queries: Tensor, codes: Tensor, splits: Splits,
-    topK: int | None,
-) -> retrieval.Metrics | float:  # fmt: skip
-    """`retrieval.evaluate` or `retrieval.mean_average_precision` of encoded queries and database."""
+    metric: Callable[..., Metrics | float], method: Method, queries: Tensor, codes: Tensor, labels: Sequence[np.ndarray]
+) -> Metrics | float:
+    """`retrieval.evaluate` or `retrieval.mean_average_precision`, whose other arguments are bound, of encoded queries
+    and database.
+
+    Args:
+        labels: of queries and database.
+    """
     if not all(p.isfinite().all() for name, p in method.named_parameters() if not name.startswith("backbone.")):
         raise NonFiniteError("a learned parameter is not finite: try a smaller --lr or a larger --T")
-    labels = [torch.from_numpy(part.labels).to(queries.device) for part in splits.tested.values()]
+    labels = [torch.from_numpy(array).to(queries.device) for array in labels]
     with progress_bar(None, "rank queries", total=len(queries)) as bar:
-        return metric(method.tables, queries, codes.to(queries.device), labels, topK, on_chunk=bar.update)
+        return metric(method.tables, queries, codes.to(queries.device), labels, on_chunk=bar.update)
 
 
-def validate(method: Method, features: dict[str, Features], splits: Splits, topK: int | None) -> float:
-    """MAP@K, as `test` finds it."""
-    queries = encode_queries(method, features["query"])
+def validate(method: Method, features: dict[str, Features], splits: Splits, measured: Measure) -> float:
+    """MAP@K, the one of `measured.ties`: of the validation queries if the protocol has any, else as `test` finds it."""
+    split = "query" if splits.validation is None else "validation"
+    queries = encode_queries(method, features[split])
     codes = encode_database(method, features["database"])
-    return measure(retrieval.mean_average_precision, method, queries, codes, splits, topK)
+    metric = partial(retrieval.mean_average_precision, measured=measured)
+    return measure(metric, method, queries, codes, [splits.tested[split].labels, splits.database.labels])
 
 
 def test(
-    method: Method, features: dict[str, Features], splits: Splits, topK: int | None, codes: Tensor | None = None
-) -> tuple[retrieval.Metrics, Tensor]:
-    """Encode queries and database (or take `codes` for it), rank, measure. Returns the metrics and the database's codes
-    `[n, M]`."""
+    method: Method, features: dict[str, Features], splits: Splits, measured: Measure, codes: Tensor | None = None
+) -> tuple[Metrics, Tensor]:
+    """Encode queries and database (or take `codes` for it), rank, measure. Returns the metrics, with MAP@K by ties, and
+    the database's codes `[n, M]`."""
     if codes is None:
         codes = encode_database(method, features["database"])
     queries = encode_queries(method, features["query"])
-    return measure(retrieval.evaluate, method, queries, codes, splits, topK), codes
+    metric = partial(retrieval.evaluate, topK=measured.topK)
+    return measure(metric, method, queries, codes, [splits.query.labels, splits.database.labels]), codes
 
 
 test.__test__ = False  # not a pytest function

@@ -116,20 +116,21 @@ def save_results(metrics: Metrics, db_codes: Tensor, db_labels: np.ndarray, fold
             np.savetxt(file, curve.numpy())
 
 
-def report(files: Files, db_labels: np.ndarray, metrics: Metrics, db_codes: Tensor, told: dict) -> dict:
+def report(files: Files, db_labels: np.ndarray, metrics: Metrics, db_codes: Tensor, ties: str, told: dict) -> dict:
     """Log and write every result of a test. Returns what went into `metrics.json`.
 
     Args:
+        ties: which of `metrics.map_by_ties` is the run's MAP.
         told: what else goes into `metrics.json`; its `config` names the device.
     """
-    LOG.info("test mAP=%.6f", metrics.map)
+    LOG.info("test mAP=%.6f", metrics.map_by_ties[ties])
     precisions = metrics.p_at_k[1].tolist()
     ranks = [rank for rank in (1, 10, 100, 1000, 5000) if rank <= len(precisions)]
     LOG.info("test %s", ", ".join(f"P@{rank}={precisions[rank - 1]:.6f}" for rank in ranks))
     files.check_lock()
     save_results(metrics, db_codes.cpu(), db_labels, files.checkpoints)
     where = {"peak_memory_mb": peak_memory(told["config"]["device"]), "versions": versions()}
-    results = {"map": metrics.map} | told | where
+    results = {"map": metrics.map_by_ties[ties], "map_by_ties": metrics.map_by_ties} | told | where
     write_json(files.metrics, results)
     return results
 

@@ -1,8 +1,9 @@
 """Lookup tables, ranking and metrics, as pure functions of tensors.
 
 Q queries, n database images, M codebooks of K codewords. Scores are similarities: larger is nearer. Equal scores
-rank in database order, so a result does not depend on the device. Metrics are averaged in float64. The labels of
-queries and database are class ids `[Q]`, `[n]`, or multi-hot rows `[Q, L]`, `[n, L]`.
+rank in database order, so a result does not depend on the device; MAP is to be had averaged over all their orders, too.
+Metrics are averaged in float64. The labels of queries and database are class ids `[Q]`, `[n]`, or multi-hot rows
+`[Q, L]`, `[n, L]`.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -14,6 +15,8 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from ties import Ranking, count_equal, expected_average_precision
 
 # scores, or table entries, held at a time: what a CPU's caches hold, and a GPU needs to be busy; about 0.03 and 1 GB
 CHUNK_ELEMENTS = {"cpu": 2**20, "cuda": 2**25}
@@ -57,25 +60,51 @@ def relevance(query_labels: Tensor, db_labels: Tensor) -> Tensor:
     return query_labels.float() @ db_labels.float().T > 0
 
 
+@dataclass(frozen=True)
+class Measure:
+    """A kind of MAP@K. `topK`: the K; None or anything above n means the whole database. `ties`: "database", equal
+    scores rank in database order, or "expected", the mean over all their orders."""
+
+    topK: int | None  # noqa: N815
+    ties: str
+
+
 @dataclass
 class Metrics:
-    """`map`: MAP@K, a fraction. `pr`: `[2, n]`, recall and precision after 1 ... n images.
-    `p_at_k`: `[2, K]`, 1 ... K and the precision there. All are means over queries."""
+    """`map`: MAP@K with equal scores in database order, a fraction; `expected_map`: its mean over all their orders.
+    `pr`: `[2, n]`, recall and precision after 1 ... n images. `p_at_k`: `[2, K]`, 1 ... K and the precision there. Both
+    with equal scores in database order. All are means over queries."""
 
     map: float
+    expected_map: float
     pr: Tensor
     p_at_k: Tensor
 
+    @property
+    def map_by_ties(self) -> dict[str, float]:
+        """MAP@K by `Measure.ties`."""
+        return {"expected": self.expected_map, "database": self.map}
+
 
 def average_precision(ranked: Tensor) -> Tensor:
-    """AP of each row of `ranked` `[Q, K]` (relevant or not, best first): the precision at each hit, averaged
+    """AP of each row of `ranked` `[Q, K]` (relevant or not, bool, best first): the precision at each hit, averaged
     over the hits in the K; 0 without a hit. `[Q]` float64.
 
     Eq. 18 as printed divides by all relevant images instead, which cannot give the published values.
     """
-    hits = ranked.cumsum(dim=1, dtype=torch.float64)
+    return _average(*precision_at_hits(ranked.double()))
+
+
+def precision_at_hits(ranked: Tensor) -> tuple[Tensor, Tensor]:
+    """Hits up to each rank, and the precision at each hit (0 elsewhere), `[Q, K]` each, of `ranked` `[Q, K]`: float64,
+    1 for relevant and 0 for not."""
+    hits = ranked.cumsum(dim=1)
     ranks = torch.arange(1, ranked.shape[1] + 1, dtype=torch.float64, device=ranked.device)
-    return (hits / ranks * ranked).sum(dim=1) / hits[:, -1].clamp(min=1)
+    return hits, (hits / ranks).mul_(ranked)
+
+
+def _average(hits: Tensor, precision: Tensor) -> Tensor:
+    return precision.sum(dim=1) / hits[:, -1].clamp(min=1)
 
 
 def evaluate(
@@ -86,7 +115,7 @@ def evaluate(
     topK: int | None = None,
     on_chunk: Callable[[int], object] = lambda queries: None,
 ) -> Metrics:
-    """Rank the whole database for every query and measure MAP@K, the PR curve and precision at 1 ... K.
+    """Rank the whole database for every query and measure MAP@K, both kinds, the PR curve and precision at 1 ... K.
 
     A query without any relevant image counts with AP, recall and precision 0.
 
@@ -100,19 +129,22 @@ def evaluate(
     """
     Q, n = len(queries), len(db_codes)
     topK = min(topK or n, n)
-    ap_sum = 0.0
+    ap_sum, expected_sum = 0.0, 0.0
     sums = torch.zeros(2, n, dtype=torch.float64, device=db_codes.device)  # by rank: 1 / all relevant, and 1, of a hit
     score = partial(_table_scores, tables, db_codes)
     for scores, relevant in _scored(score, queries, labels, tables(queries[:1]).numel()):
-        ranked = ranked_relevance(scores, relevant, n)
-        ap_sum += float(average_precision(ranked[:, :topK]).sum())
-        share = 1 / ranked.sum(dim=1).clamp(min=1).double()
-        sums += torch.stack([share, torch.ones_like(share)]) @ ranked.double()
+        whole = ranking(scores, relevant, n)
+        first, ranked = whole.first(topK), whole.relevant.double()
+        hits, precision = precision_at_hits(ranked[:, :topK])
+        ap_sum += float(_average(hits, precision).sum())
+        expected_sum += float(expected_average_precision(first, hits, precision).sum())
+        share = 1 / ranked.sum(dim=1).clamp(min=1)
+        sums += torch.stack([share, torch.ones_like(share)]) @ ranked
         on_chunk(len(ranked))
     recall, hits = sums.cumsum(dim=1).cpu() / Q
     ranks = torch.arange(1, n + 1, dtype=torch.float64)
     pr = torch.stack([recall, hits / ranks])
-    return Metrics(ap_sum / Q, pr, torch.stack([ranks[:topK], pr[1, :topK]]))
+    return Metrics(ap_sum / Q, expected_sum / Q, pr, torch.stack([ranks[:topK], pr[1, :topK]]))
 
 
 def mean_average_precision(
@@ -120,20 +152,20 @@ def mean_average_precision(
     queries: Tensor,
     db_codes: Tensor,
     labels: Sequence[Tensor],
-    topK: int | None = None,
+    measured: Measure,
     on_chunk: Callable[[int], object] = lambda queries: None,
 ) -> float:
     """MAP@K alone, the same number as `evaluate` gives: the first K are found without ranking the rest."""
     score = partial(_table_scores, tables, db_codes)
     width = tables(queries[:1]).numel()
-    return float(average_precisions(score, queries, labels, topK, on_chunk, width).mean())
+    return float(average_precisions(score, queries, labels, measured, on_chunk, width).mean())
 
 
 def average_precisions(
     score: Callable[[Tensor], Tensor],
     queries: Tensor,
     labels: Sequence[Tensor],
-    topK: int | None = None,
+    measured: Measure,
     on_chunk: Callable[[int], object] = lambda queries: None,
     width: int = 0,
 ) -> Tensor:
@@ -144,54 +176,75 @@ def average_precisions(
         width: what else a query needs while it is scored, in numbers.
     """
     n = len(labels[1])
-    topK = min(topK or n, n)
+    topK = min(measured.topK or n, n)
     found = []
     for scores, relevant in _scored(score, queries, labels, width):
-        found.append(average_precision(ranked_relevance(scores, relevant, topK)))
+        best = ranking(scores, relevant, topK)
+        hits, precision = precision_at_hits(best.relevant.double())
+        if measured.ties == "expected":
+            found.append(expected_average_precision(best, hits, precision))
+        else:
+            found.append(_average(hits, precision))
         on_chunk(len(scores))
     return torch.cat(found)
 
 
-def ranked_relevance(scores: Tensor, relevant: Tensor, K: int) -> Tensor:
-    """`[Q, K]` bool: `relevant` `[Q, n]` of the K highest float32 `scores` `[Q, n]`, highest first, equal scores in
-    database order.
+def ranking(scores: Tensor, relevant: Tensor, K: int) -> Ranking:
+    """The K highest of float32 `scores` `[Q, n]` of images that are `relevant` `[Q, n]` or not, highest first, equal
+    scores in database order.
 
     One int64 holds all there is to sort by: the falling score in its upper half, position and relevance in the lower
     one. Bare numbers sort an order of magnitude faster than scores with their indices.
     """
     Q, n = scores.shape
     if not scores.is_cuda and n > 2 * K:
-        return _top_relevance(scores.numpy(), relevant.numpy(), K)
+        return _top_ranking(scores.numpy(), relevant.numpy(), K)
     keys = torch.empty(Q, n, dtype=torch.int64, device=scores.device)
     low, high = keys.view(torch.int32).view(Q, n, 2).unbind(dim=2)  # little-endian, as all that PyTorch runs on
     bits = (scores + 0.0).view(torch.int32)  # + 0.0: no -0.0, which would rank behind 0.0
     high.copy_(~(bits ^ ((bits >> 31) & 0x7FFFFFFF)))  # floats as integers of the same order, then the order reversed
     torch.add(torch.arange(0, 2 * n, 2, dtype=torch.int32, device=scores.device), relevant, out=low)
-    return (_smallest(keys, K) & 1).bool()
-
-
-def _smallest(keys: Tensor, K: int) -> Tensor:
-    """The K smallest of each row of `keys` `[Q, n]`, in their order; on a CPU they are sorted in place."""
+    if keys.is_cuda and n > K:
+        return _ranking_by_topk(keys, K)
     if keys.is_cuda:
-        return keys.topk(K, dim=1, largest=False).values if keys.shape[1] > K else keys.sort(dim=1).values
+        keys = keys.sort(dim=1).values
+    else:  # NumPy sorts integers with vector instructions, eight times as fast as PyTorch, and lets other threads run
+        _in_threads(lambda part: part.sort(axis=1), keys.numpy())
+    relevant, scores = _split(keys)
+    return Ranking(relevant, scores, relevant.new_zeros(2, Q, dtype=torch.int64)).first(K)
 
-    # NumPy sorts integers with vector instructions, eight times as fast as PyTorch, and lets other threads run
-    _in_threads(lambda part: part.sort(axis=1), keys.numpy())
-    return keys[:, :K]
+
+def _ranking_by_topk(keys: Tensor, K: int) -> Ranking:
+    """`ranking` of the K smallest keys `[Q, n]`, which come in any order."""
+    relevant, scores = _split(keys)
+    best, its = _split(keys.topk(K, dim=1, largest=False).values)
+    last = its[:, -1:]
+    return Ranking(best, its, count_equal(last, scores, relevant) - count_equal(last, its, best))
 
 
-def _top_relevance(scores: np.ndarray, relevant: np.ndarray, K: int) -> Tensor:
-    """`ranked_relevance` for a K that is small beside n: of the images that score at least as high as the K-th."""
+def _split(keys: Tensor) -> tuple[Tensor, Tensor]:
+    """Relevance and score, as an integer, in the keys `[Q, K]` of `ranking`."""
+    return (keys & 1).bool(), keys.view(torch.int32)[:, 1::2]
 
-    def rows(scores: np.ndarray, relevant: np.ndarray) -> np.ndarray:
-        found = np.empty((len(scores), K), dtype=bool)
+
+def _top_ranking(scores: np.ndarray, relevant: np.ndarray, K: int) -> Ranking:
+    """`ranking` for a K that is small beside n: of the images that score at least as high as the K-th."""
+
+    def rows(scores: np.ndarray, relevant: np.ndarray) -> tuple[np.ndarray, ...]:
+        best, its = np.empty((len(scores), K), dtype=bool), np.empty((len(scores), K), dtype=np.float32)
+        beyond = np.empty((2, len(scores)), dtype=np.int64)
         least = np.partition(scores, scores.shape[1] - K, axis=1)[:, -K]
-        for row, of_row, bound, hits in zip(scores, relevant, least, found, strict=True):
-            candidates = np.flatnonzero(row >= bound)  # in database order, in which a stable sort leaves equals
-            hits[:] = of_row[candidates[np.argsort(-row[candidates], kind="stable")[:K]]]
-        return found
+        for i, row in enumerate(scores):
+            candidates = np.flatnonzero(row >= least[i])  # in database order, in which a stable sort leaves equals
+            candidates = candidates[np.argsort(-row[candidates], kind="stable")]
+            hits = relevant[i, candidates]
+            best[i], its[i] = hits[:K], row[candidates[:K]]
+            beyond[:, i] = len(candidates) - K, np.count_nonzero(hits[K:])
+        return best, its, beyond
 
-    return torch.from_numpy(np.concatenate(_in_threads(rows, scores, relevant)))
+    best, its, beyond = zip(*_in_threads(rows, scores, relevant), strict=True)
+    joined = np.concatenate(best), np.concatenate(its), np.concatenate(beyond, axis=1)
+    return Ranking(*map(torch.from_numpy, joined))
 
 
 def _in_threads(work: Callable, *arrays: np.ndarray) -> list:

@@ -170,7 +170,7 @@ METHODS = (*HASHES, "PQ", "OPQ")  # as Table 1 calls them, with "+VGG" behind
 
 def method_map(
     method: str, features: dict[str, np.ndarray], labels: Sequence[Tensor], bits: int | None, seed: int,
-    topK: int | None,
+    measured: retrieval.Measure,
 ) -> float:  # fmt: skip
     """MAP@K of a method (or of "exact", the cosine of the features themselves: compression's ceiling) trained on
     `features["train"]`, a fraction.
@@ -185,13 +185,13 @@ def method_map(
         encode = train(features["train"], bits, seed)
         query, database = (2 * encode(part).astype(np.float32) - 1 for part in (query, database))
         score = partial(similarity, torch.from_numpy(database))
-        return float(retrieval.average_precisions(score, torch.from_numpy(query), labels, topK).mean())
+        return float(retrieval.average_precisions(score, torch.from_numpy(query), labels, measured).mean())
     if method == "exact":
         score = partial(cosine_score, torch.from_numpy(database))
-        return float(retrieval.average_precisions(score, torch.from_numpy(query), labels, topK).mean())
+        return float(retrieval.average_precisions(score, torch.from_numpy(query), labels, measured).mean())
     rotate = rotation(features["train"], bits) if method == "OPQ" else lambda x: x
     pq = product_quantizer(rotate(features["train"]), bits)
     centroids = torch.from_numpy(faiss.vector_to_array(pq.centroids).reshape(pq.M, pq.ksub, pq.dsub))
     codes = torch.from_numpy(pq.compute_codes(rotate(database)))
     tables = partial(distance_tables, centroids)
-    return retrieval.mean_average_precision(tables, torch.from_numpy(rotate(query)), codes, labels, topK)
+    return retrieval.mean_average_precision(tables, torch.from_numpy(rotate(query)), codes, labels, measured)

@@ -44,9 +44,10 @@ class Search:
         self.queries = evaluation.encode_queries(self.method, features["query"])
         self.codes = torch.from_numpy(codes.astype(np.int32)).to(configuration.device)
         both = [torch.from_numpy(images[name].labels).to(configuration.device) for name in ("query", "database")]
+        measured = retrieval.Measure(configuration.topK, configuration.ties)
         width = self.method.M * self.method.K
         with torch.inference_mode():
-            ap = retrieval.average_precisions(self.score, self.queries, both, configuration.topK, width=width)
+            ap = retrieval.average_precisions(self.score, self.queries, both, measured, width=width)
         self.ap = ap.cpu().numpy()
 
     def score(self, queries: Tensor) -> Tensor:

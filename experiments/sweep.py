@@ -64,7 +64,7 @@ class Shared:
         loader = engine.build_loader(configuration, self.splits)
         loader.batches.drop_last = False  # trials with other batches may need the last images
         self.view_cache.fill(configuration.epoch_num, loader, self.backbone, n)
-        drop_last = getattr(configuration, "drop_last", False)
+        drop_last = configuration.drop_last
         return CachedViews(self.view_cache, n, configuration.batch_size, configuration.device, drop_last)
 
     def images(self, n: int) -> Tensor:
@@ -118,11 +118,9 @@ def train(configuration: Config, shared: Shared, folder: Path, callback: str | N
     training = engine.start(configuration, method, loader, path, shared.fingerprint, callbacks)
     if path and path.exists():
         training.restore(state_of(files, configuration))
+    measured = evaluation.Measure(configuration.topK, configuration.ties)
     engine.train(
-        training,
-        loader,
-        lambda: evaluation.validate(method, shared.features, shared.splits, configuration.topK),
-        files.model,
+        training, loader, lambda: evaluation.validate(method, shared.features, shared.splits, measured), files.model
     )
     best = max(epoch["val_mAP"] for epoch in training.history if "val_mAP" in epoch)
     result = {"map": best, "history": training.history, "seconds": sum(training.stopwatch.seconds.values())}

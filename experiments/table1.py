@@ -66,6 +66,7 @@ def baseline_key(name: str, configuration: Config, fingerprint: str) -> dict[str
         "bits": None if name == EXACT else 8 * configuration.M,
         **config.key(configuration, "images", "features"),
         "topK": configuration.topK,
+        "ties": configuration.ties,
         "sha256": fingerprint,
     }
 
@@ -86,14 +87,16 @@ def run_baseline(name: str, configuration: Config, shared: "Shared", own: Namesp
     import torch
 
     from experiments import baselines, sweep
+    from retrieval import Measure
 
     key = baseline_key(name, configuration, shared.fingerprint)
 
     def compute() -> dict:
         labels = [torch.from_numpy(images.labels) for images in (shared.splits.query, shared.splits.database)]
         method = "exact" if name == EXACT else name
-        seed, topK = configuration.seed, configuration.topK
-        return {"map": baselines.method_map(method, prepared(shared), labels, key["bits"], seed, topK)}
+        measured = Measure(key["topK"], key["ties"])
+        value = baselines.method_map(method, prepared(shared), labels, key["bits"], configuration.seed, measured)
+        return {"map": value}
 
     return sweep.kept(own.trials, key, compute)
 

@@ -1,16 +1,20 @@
 """Baselines against faiss's own search, brute force, and the definitions in their papers."""
 
+import json
 import math
+from types import SimpleNamespace
 
 import faiss
 import numpy as np
 import pytest
 import torch
+from helpers import config_of
 from sklearn.decomposition import PCA
 from sklearn.metrics import average_precision_score
 from sklearn.metrics.pairwise import cosine_similarity
 
 from experiments import baselines, table1
+from retrieval import Measure
 from utils import InputError
 
 F, BITS = 32, (16, 32)
@@ -43,9 +47,10 @@ def map_of_ranking(ranking, labels):
     return np.mean(found)
 
 
-def ours(method, made, bits, topK=500):
+def ours(method, made, bits, topK=500, ties="database"):
     features, labels = made
-    return baselines.method_map(method, features, [labels["query"], labels["database"]], bits, 3, topK)
+    both = [labels["query"], labels["database"]]
+    return baselines.method_map(method, features, both, bits, 3, Measure(topK, ties))
 
 
 def test_features_are_centred_and_of_unit_length(made):
@@ -112,6 +117,22 @@ def test_exact_search_is_cosine_similarity(made):
 
 def test_table_1_has_them_all():
     assert table1.BASELINES == baselines.METHODS
+
+
+@pytest.mark.parametrize("ties", ["expected", "database"])
+def test_table_1_measures_and_keeps_by_ties(ties, made, tmp_path, monkeypatch):
+    """Of LSH at 16 bits, in whose ranking the K-th is one of many equals."""
+    features, labels = made
+    settings = config_of("--M", "2", "--topK", "500", "--seed", "3").replace(ties=ties)
+    images = {name: SimpleNamespace(labels=label.numpy()) for name, label in labels.items()}
+    shared = SimpleNamespace(features=None, fingerprint="f", splits=SimpleNamespace(**images))
+    monkeypatch.setattr(table1, "prepared", lambda _: features)
+    result = table1.run_baseline("LSH", settings, shared, SimpleNamespace(trials=tmp_path))
+    values = {each: ours("LSH", made, 16, ties=each) for each in ("expected", "database")}
+    assert abs(values["expected"] - values["database"]) > 1e-5
+    assert result["map"] == values[ties]
+    (kept,) = tmp_path.glob("*.json")
+    assert json.loads(kept.read_text())["key"]["ties"] == ties
 
 
 def test_codes_find_more_than_chance_and_less_than_exact_search(made):

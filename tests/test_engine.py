@@ -37,10 +37,12 @@ def test_every_output_file_reads_back_and_they_agree(finished):
     method = method_of(config)
     method.load_state_dict(torch.load(folder / "model.cpt", weights_only=True))
     splits = splits_of("Digits", seed=config.seed, limit=100)
-    again, db_codes = evaluation.test(method, features_of(config, method, splits), splits, config.topK)
+    measured = evaluation.Measure(config.topK, getattr(config, "ties", "database"))
+    again, db_codes = evaluation.test(method, features_of(config, method, splits), splits, measured)
     np.testing.assert_array_equal(db_codes, codes)
     np.testing.assert_array_equal(targets, splits.database.labels)
-    assert metrics["map"] == again.map
+    assert metrics["map_by_ties"] == again.map_by_ties
+    assert metrics["map"] == again.map_by_ties[measured.ties]
 
 
 def test_metrics_tell_of_the_training_and_of_the_machine(finished):

@@ -11,7 +11,7 @@ from helpers import ROOT
 # bottom to top: a module imports modules of lower rows only, or of its own row, without a circle
 ORDER = [
     {"utils"},
-    {"decoding"},
+    {"decoding", "ties"},
     {"transforms", "retrieval", "distributed", "loss"},
     {"readers", "spq_views"},
     {"data"},

@@ -15,7 +15,7 @@ from results import Events, Files, StepLog, read_array, read_codes, read_metrics
 from retrieval import Metrics
 from utils import InputError
 
-METRICS = Metrics(0.5, torch.rand(2, 5, dtype=torch.float64), torch.rand(2, 3, dtype=torch.float64))
+METRICS = Metrics(0.5, 0.25, torch.rand(2, 5, dtype=torch.float64), torch.rand(2, 3, dtype=torch.float64))
 
 # ---------------------------------------------------------------- codes and curves
 
@@ -36,6 +36,18 @@ def test_a_code_takes_one_byte_if_its_codewords_fit_one_and_two_if_not(codes, dt
     assert np.load(tmp_path / "db_targets.npy", allow_pickle=False).tolist() == [3, 1]
     np.testing.assert_array_equal(np.loadtxt(tmp_path / "PR_curve.txt"), METRICS.pr)
     np.testing.assert_array_equal(np.loadtxt(tmp_path / "P_at_topK_curve.txt"), METRICS.p_at_k)
+
+
+@pytest.mark.parametrize(("ties", "value"), [("database", 0.5), ("expected", 0.25)])
+def test_both_kinds_of_map_are_kept_and_the_chosen_one_is_told(ties, value, tmp_path, caplog):
+    files = Files(tmp_path, "x")
+    files.checkpoints.mkdir(parents=True)
+    codes, told = torch.zeros(2, 1, dtype=torch.uint8), {"config": {"device": "cpu"}}
+    with caplog.at_level("INFO", utils.LOG.name):
+        kept = results.report(files, np.array([3, 1]), METRICS, codes, ties, told)
+    assert caplog.messages[0] == f"test mAP={value:.6f}"
+    assert json.loads(files.metrics.read_text()) == kept
+    assert (kept["map"], kept["map_by_ties"]) == (value, {"expected": 0.25, "database": 0.5})
 
 
 @pytest.mark.parametrize(

@@ -20,7 +20,8 @@ from utils import RunError
 
 
 def measured(method, splits, config):
-    return evaluation.test(method, features_of(config, method, splits), splits, config.topK)
+    measure = evaluation.Measure(config.topK, "database")
+    return evaluation.test(method, features_of(config, method, splits), splits, measure)
 
 
 def expected_map(scores, splits):
@@ -255,8 +256,8 @@ def test_validation_finds_what_the_test_finds():
     method, splits = method_of(config), splits_of("Digits", seed=1, limit=80)
     features = features_of(config, method, splits)
     for topK in (1, 20, None):
-        assert (
-            evaluation.validate(method, features, splits, topK)
-            == evaluation.test(method, features, splits, topK)[0].map
-        )
-    assert np.isfinite(evaluation.validate(method, features, splits, 20))
+        for ties in ("database", "expected"):
+            measure = evaluation.Measure(topK, ties)
+            tested = evaluation.test(method, features, splits, measure)[0].map_by_ties
+            assert evaluation.validate(method, features, splits, measure) == tested[ties]
+    assert np.isfinite(evaluation.validate(method, features, splits, evaluation.Measure(20, "expected")))

@@ -43,6 +43,14 @@ def symmetric_tables(query_codes: Tensor, codewords: Tensor) -> Tensor:
     return torch.einsum("qmd,mkd->qmk", chosen, codewords)
 
 
+def codeword_distances(x: Tensor, codewords: Tensor) -> Tensor:
+    """`[B, M, K]`, ||x_m - c_mk|| of embeddings `[B, M L]` and codewords `[M, K, L]`; neither is normalised."""
+    M, _, L = codewords.shape
+    segments = x.view(-1, M, L).transpose(0, 1)
+    exact = "donot_use_mm_for_euclid_dist"  # |x|^2 - 2xc + |c|^2 loses the small differences that codes hang on
+    return torch.cdist(segments, codewords, compute_mode=exact).transpose(0, 1)
+
+
 def aqs_scores(tables: Tensor, db_codes: Tensor) -> Tensor:
     """Scores, Eq. 17: `[Q, n]`, the sum over m of `tables[:, m, db_codes[:, m]]`, added in the order of m.
 

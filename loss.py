@@ -1,4 +1,4 @@
-"""The losses of the papers, as pure functions of tensors: MeCoQ's, Eq. 6-9 and 12-14, and SPQ's.
+"""The losses of the papers, as pure functions of tensors: MeCoQ's, Eq. 6-9 and 12-14, SPQ's and CIBHash's.
 
 Symbols: N images in the batch, M codebooks of K codewords, d = D / M, tau the temperature (`--T`),
 rho the positive prior rho+ (`--pos_prior`). Every function returns a scalar (shape `[]`).
@@ -153,3 +153,14 @@ def code_entropy(soft_codes: Tensor) -> Tensor:
 def quantization_error(segments: Tensor, reconstruction: Tensor) -> Tensor:
     """Mean squared difference of segments `[B, M, d]` (MeCoQ's are of unit length) and their reconstructions."""
     return (segments - reconstruction).square().mean()
+
+
+def bernoulli_kl(p: Tensor, q: Tensor) -> Tensor:
+    """KL(p, q) of codes whose bits are independent, 1 with the probabilities p and q `[N, B]`; CIBHash.
+
+    A sum over bits and a mean over images; 1e-8 keeps the logarithms finite.
+    """
+    least = 1e-8
+    ones = p * ((p + least).log() - (q + least).log())
+    zeros = (1 - p) * ((1 - p + least).log() - (1 - q + least).log())
+    return (ones + zeros).sum(dim=1).mean()

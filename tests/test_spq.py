@@ -425,6 +425,7 @@ def test_a_run_freezes_and_resumes(tmp_path, monkeypatch):
         (["--K", "16"], "--M 2 --K 16 --L 4 --head_init normal"),
         (["--L", "2"], "--M 2 --K 8 --L 2 --head_init normal"),
         (["--head_init", "uniform"], "--M 2 --K 8 --L 4 --head_init uniform"),
+        (["--method", "CIBHash"], "there is no head, or there are no codebooks [M, K, L], in it"),
         (["--method", "MeCoQ"], "there is no head, or there are no codebooks [M, K, L], in it"),
     ],
 )

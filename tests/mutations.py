@@ -76,7 +76,7 @@ MUTATIONS: dict[str, tuple[Mutation, ...]] = {
         M("retrieval.py", "db_codes.int() + K * torch", "db_codes.int() + M * torch", "retrieval"),
         M("retrieval.py", "codewords[m][query_codes", "codewords[0][query_codes", "retrieval"),
         M("retrieval.py", "db_labels.float().T > 0", "db_labels.float().T > 1", "retrieval"),
-        M("retrieval.py", "bits = (scores + 0.0)", "bits = scores", "retrieval"),
+        M("retrieval.py", "bits = (scores + 0.0)", "bits = scores", "ties", "zeros"),
         M("retrieval.py", "~(bits ^ ((bits >> 31) & 0x7FFFFFFF))", "~bits", "retrieval"),
         M("retrieval.py", 'np.argsort(-row[candidates], kind="stable")',
           'np.argsort(row[candidates], kind="stable")[::-1]', "retrieval"),

@@ -1,4 +1,4 @@
-"""The losses of the paper, Eq. 6-9 and 12-14, as pure functions of tensors.
+"""The losses of the papers, as pure functions of tensors: MeCoQ's, Eq. 6-9 and 12-14, SPQ's and CIBHash's.
 
 Symbols: N images in the batch, M codebooks of K codewords, d = D / M, tau the temperature (`--T`),
 rho the positive prior rho+ (`--pos_prior`). Every function returns a scalar (shape `[]`).
@@ -63,6 +63,7 @@ def contrastive_loss(
     debias_memory: bool = True,
     negative_bound: str = "dcl",
     normalize_memory: bool = True,
+    anchors: str = "both",
 ) -> Tensor:
     """Debiased contrastive loss over soft reconstructions, Eq. 6-7; with the code memory, Eq. 12-13.
 
@@ -71,7 +72,8 @@ def contrastive_loss(
 
         loss = -mean_q log( exp(s+/tau) / (exp(s+/tau) + negative term) )
 
-    The last four arguments are the paper's as they stand; their other values are what the released code computes.
+    Without debiasing and memory it is NT-Xent. The four arguments from `pairing` to `normalize_memory` are the paper's
+    as they stand; their other values are what the released code computes.
 
     Args:
         view1, view2: `[N, D]` reconstructions of the two views.
@@ -80,6 +82,7 @@ def contrastive_loss(
         debias_memory: correct the negative term for the memory's negatives too.
         negative_bound: see `log_negative_term`.
         normalize_memory: False: memory vectors keep their length, so that similarity to them is no cosine.
+        anchors: "both", or "first": the mean is over the queries of `view1` alone.
     """
     queries = F.normalize(torch.cat([view1, view2]), dim=1)  # [2N, D]
     positives = queries.roll(len(view1), dims=0)  # [2N, D]: the other view of each image
@@ -103,7 +106,34 @@ def contrastive_loss(
         debias_memory=debias_memory,
         bound=negative_bound,
     )
-    return (torch.logaddexp(log_positive, log_negative) - log_positive).mean()
+    losses = torch.logaddexp(log_positive, log_negative) - log_positive
+    return losses.mean() if anchors == "both" else losses[: len(view1)].mean()
+
+
+def cross_quantized_loss(x: Tensor, z: Tensor, *, T: float, pairs: str, anchors: str) -> Tensor:
+    """SPQ's contrastive loss in one direction: embeddings of one view against soft reconstructions of the other.
+
+    A mean of cross-entropies over the anchors; similarity is the cosine / tau, the positive of x_i is z_i, and that of
+    z_i is x_i.
+
+        pairs    anchors       an anchor's negatives
+        cross    embeddings    x_i: the N - 1 other z (the paper's figure)
+        cross    both          the same; z_i: the N - 1 other x
+        all      embeddings    x_i: the 2N - 2 other x and z
+        all      both          the same; z_i: the 2N - 2 other x and z (the released code)
+
+    Args:
+        x: `[N, D]` embeddings of one view.
+        z: `[N, D]` soft reconstructions of the other view.
+    """
+    if pairs == "all":
+        return contrastive_loss(x, z, T=T, anchors="both" if anchors == "both" else "first")
+    logits = F.normalize(x, dim=1) @ F.normalize(z, dim=1).T / T  # [N, N]
+    own = torch.arange(len(x), device=x.device)
+    of_embeddings = F.cross_entropy(logits, own)
+    if anchors == "embeddings":
+        return of_embeddings
+    return (of_embeddings + F.cross_entropy(logits.T, own)) / 2
 
 
 def codeword_diversity(codewords: Tensor) -> Tensor:
@@ -121,5 +151,16 @@ def code_entropy(soft_codes: Tensor) -> Tensor:
 
 
 def quantization_error(segments: Tensor, reconstruction: Tensor) -> Tensor:
-    """Mean squared difference of unit segments `[B, M, d]` and their soft reconstructions `[B, M, d]`."""
+    """Mean squared difference of segments `[B, M, d]` (MeCoQ's are of unit length) and their reconstructions."""
     return (segments - reconstruction).square().mean()
+
+
+def bernoulli_kl(p: Tensor, q: Tensor) -> Tensor:
+    """KL(p, q) of codes whose bits are independent, 1 with the probabilities p and q `[N, B]`; CIBHash.
+
+    A sum over bits and a mean over images; 1e-8 keeps the logarithms finite.
+    """
+    least = 1e-8
+    ones = p * ((p + least).log() - (q + least).log())
+    zeros = (1 - p) * ((1 - p + least).log() - (1 - q + least).log())
+    return (ones + zeros).sum(dim=1).mean()

@@ -43,6 +43,30 @@ def symmetric_tables(query_codes: Tensor, codewords: Tensor) -> Tensor:
     return torch.einsum("qmd,mkd->qmk", chosen, codewords)
 
 
+def codeword_distances(x: Tensor, codewords: Tensor) -> Tensor:
+    """`[B, M, K]`, ||x_m - c_mk|| of embeddings `[B, M L]` and codewords `[M, K, L]`; neither is normalised."""
+    M, _, L = codewords.shape
+    segments = x.view(-1, M, L).transpose(0, 1)
+    exact = "donot_use_mm_for_euclid_dist"  # |x|^2 - 2xc + |c|^2 loses the small differences that codes hang on
+    return torch.cdist(segments, codewords, compute_mode=exact).transpose(0, 1)
+
+
+def pack_bits(bits: Tensor) -> Tensor:
+    """Bits `[n, B]`, bool or 0 and 1 -> bytes, uint8 `[n, B / 8]`, the first bit highest, as `np.packbits` has them."""
+    octets = bits.view(len(bits), -1, 8).to(torch.uint8)
+    places = torch.arange(7, -1, -1, dtype=torch.uint8, device=bits.device)
+    return (octets << places).sum(dim=-1).to(torch.uint8)
+
+
+def hamming_tables(query_codes: Tensor) -> Tensor:
+    """Tables `[q, B / 8, 256]` of packed codes `[q, B / 8]`: the bits of a byte in common less those that differ, so
+    that a score is B - 2 Hamming, exactly."""
+    device = query_codes.device
+    bits = torch.arange(256, device=device)[:, None] >> torch.arange(7, -1, -1, device=device) & 1
+    signs = 2.0 * bits - 1  # [256, 8]
+    return signs[query_codes.long()] @ signs.T
+
+
 def aqs_scores(tables: Tensor, db_codes: Tensor) -> Tensor:
     """Scores, Eq. 17: `[Q, n]`, the sum over m of `tables[:, m, db_codes[:, m]]`, added in the order of m.
 

@@ -4,7 +4,8 @@ import itertools
 import pickle
 import sys
 import warnings
-from collections.abc import Callable
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 
@@ -136,6 +137,55 @@ class ConvNet(nn.Sequential):
 def convnet(net: nn.Module) -> tuple[list[nn.Module], int]:
     """All of it is trained, whatever `--trainable_layer_num`: it has no pretrained weights to keep."""
     return [net], 512
+
+
+class SmallResNet(nn.Sequential):
+    """ResNet-18 for small images, trained from scratch, as SPQ has it: a 3x3 convolution of stride 1 without pooling,
+    four stages of two basic blocks, the mean over the map, a linear layer and ReLU.
+
+    Args:
+        widths: channels of the stages.
+    """
+
+    def __init__(self, widths: Sequence[int]) -> None:
+        first, last = widths[0], widths[-1]
+        stages = [self.stage(i, o) for i, o in itertools.pairwise((first, *widths))]
+        super().__init__(
+            OrderedDict(
+                conv1=nn.Conv2d(3, first, 3, padding=1, bias=False),
+                bn1=nn.BatchNorm2d(first),
+                relu=nn.ReLU(inplace=True),
+                **{f"layer{number}": stage for number, stage in enumerate(stages, start=1)},
+                avgpool=nn.AdaptiveAvgPool2d(1),
+                flatten=nn.Flatten(),
+                fc=nn.Linear(last, last),
+                fc_relu=nn.ReLU(),
+            )
+        )
+
+    @staticmethod
+    def stage(inputs: int, outputs: int) -> nn.Sequential:
+        """Two basic blocks; the first halves the map if it widens it."""
+        block = torchvision.models.resnet.BasicBlock
+        if inputs == outputs:
+            return nn.Sequential(block(inputs, outputs), block(outputs, outputs))
+        shortcut = nn.Sequential(nn.Conv2d(inputs, outputs, 1, stride=2, bias=False), nn.BatchNorm2d(outputs))
+        return nn.Sequential(block(inputs, outputs, 2, shortcut), block(outputs, outputs))
+
+
+def resnet18_small() -> SmallResNet:
+    """ResNet-18 for small images, of 11,431,488 parameters."""
+    return SmallResNet((64, 128, 256, 512))
+
+
+def resnet18_tiny() -> SmallResNet:
+    """The same at a quarter of the widths."""
+    return SmallResNet((16, 32, 64, 128))
+
+
+def small_resnet(net: nn.Module) -> tuple[list[nn.Module], int]:
+    """All of it is trained, its linear layer too: 512 features, or 128 of `resnet18_tiny`."""
+    return [net], net.fc.out_features
 
 
 def build_backbone(name: str, weights: str, trainable_layer_num: int, bf16: bool) -> Backbone:

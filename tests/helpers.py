@@ -74,6 +74,13 @@ def method_of(config: Config) -> Method:
     return engine.build_method(config)
 
 
+def no_backbone(dim: int) -> torch.nn.Module:
+    """A backbone whose images are their own features `[B, dim]`."""
+    backbone = torch.nn.Identity()
+    backbone.dim = dim
+    return backbone
+
+
 def splits_of(dataset: str, *roots: Path, seed: int = 2021, limit: int | None = None) -> Splits:
     """Splits by protocol I; `roots`: of images and lists, if the data set is on disk."""
     return data.load_splits(Source(dataset, "I", seed, *(roots or (Path("none"), Path("none")))), limit=limit)

@@ -19,7 +19,7 @@ ORDER = [
     {"methods"},
     {"methods.backbones"},
     {"methods.base"},
-    {"methods.mecoq"},
+    {"methods.mecoq", "methods.spq", "methods.cibhash"},
     {"config"},
     {"results", "feature_cache", "optimizer"},
     {"checkpoint", "evaluation"},

@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 import torchvision
-from helpers import config_of, method_of, small_run, splits_of
+from helpers import config_of, method_of, no_backbone, small_run, splits_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -27,12 +27,6 @@ def quantizer_of(codewords, alpha=10.0):
     quantizer = CodebookAttention(Codebooks(M, K, M * d, alpha)).to(codewords.dtype)
     quantizer.codebooks.data = codewords.clone()
     return quantizer
-
-
-def no_backbone(dim):
-    backbone = torch.nn.Identity()
-    backbone.dim = dim
-    return backbone
 
 
 # ---------------------------------------------------------------- quantizer

@@ -49,6 +49,8 @@ def describe(path: Path) -> list[str]:
     if codebooks is not None and codebooks.dim() == 3:
         M, K, d = codebooks.shape
         lines.append(f"  {M} codebooks of {K} codewords of {d} dimensions: {round(M * math.log2(K))} bits per image")
+    if "encoder.2.weight" in model:
+        lines.append(f"  an encoder of CIBHash: {len(model['encoder.2.weight'])} bits per image")
     if path.name == "last.cpt":
         lines += describe_state(state)
     lines += describe_run(path)

@@ -37,7 +37,7 @@ def test_every_output_file_reads_back_and_they_agree(finished):
     method = method_of(config)
     method.load_state_dict(torch.load(folder / "model.cpt", weights_only=True))
     splits = splits_of("Digits", seed=config.seed, limit=100)
-    measured = evaluation.Measure(config.topK, getattr(config, "ties", "database"))
+    measured = evaluation.Measure(config.topK, config.ties)
     again, db_codes = evaluation.test(method, features_of(config, method, splits), splits, measured)
     np.testing.assert_array_equal(db_codes, codes)
     np.testing.assert_array_equal(targets, splits.database.labels)

@@ -12,7 +12,8 @@ memory (evaluate). Writes benchmark_<what>.json into --results.
   encode    images to codes: nothing computed before, and from the feature cache
   step      an optimisation step on views that are there already
   evaluate  --queries against --database random codes; the plain side ranks --plain_queries of them (its time per
-            query does not depend on how many there are)
+            query does not depend on how many there are); then ours, MAP over all orders of equal scores, against MAP in
+            database order
   run       a whole run of ours against --plain_epochs epochs of the plain side, whose time is then extrapolated
 """
 

@@ -77,8 +77,8 @@ FEW = ["--queries", "30", "--database", "500", "--plain_queries", "5"]
         ("views", [], ["views at 16 px"]),
         ("encode", FROZEN, ["computed", "cached"]),
         ("step", [], ["10 steps"]),
-        ("evaluate", FEW, ["MAP, PR", "MAP alone"]),
-        ("evaluate", [*FEW, "--labels", "3"], ["MAP, PR", "MAP alone"]),
+        ("evaluate", FEW, ["MAP, PR", "MAP alone", "expected and in database order"]),
+        ("evaluate", [*FEW, "--labels", "3"], ["MAP, PR", "MAP alone", "expected and in database order"]),
         ("run", ["--plain_epochs", "1"], ["run of 2 epochs, 2 validations"]),
     ],
 )  # fmt: skip

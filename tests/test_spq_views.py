@@ -277,8 +277,9 @@ def test_each_batch_and_view_has_its_own_order_and_numbers(images):
     assert len(orders) == 20
     assert len(set(orders)) > 9  # of 24
     for parts in numbers.values():
-        crops = torch.cat(parts)[:, FACTORS]
-        assert len(crops.unique(dim=0)) == 46
+        crops, factors = torch.cat(parts)[:, CROP], torch.cat(parts)[:, FACTORS]
+        assert (crops[:, :2] + crops[:, 2:]).amax(dim=0).tolist() == [32 if images.on_disk else 16] * 2
+        assert len(factors.unique(dim=0)) == 46
     assert not set(map(tuple, torch.cat(numbers[0])[:, FACTORS].tolist())) & set(
         map(tuple, torch.cat(numbers[1])[:, FACTORS].tolist())
     )

@@ -119,12 +119,13 @@ def configured(dataset: str, bits: int, seed: int, flags: list[str], **change: o
 
 def beside(method: str, dataset: str, bits: int, seed: int, flags: list[str], **change: object) -> Config:
     """The configuration of another method's training beside MeCoQ's: the same images, features, views, epochs and
-    tests, its own loss and optimiser, and then `change`."""
+    tests, its own loss and optimiser, and then `change`; a recipe among it decides about the method only."""
     theirs, values = script_values(dataset, bits, tuple(flags)), config.parse_flags(["--method", method])
     shared = [flag for table in config.FLAGS.values() for flag in table if flag.name != "method"]
     for flag in shared:
         if theirs.get(flag.name) is not None and (flag.affects in SAME or flag.name in TESTED_ALIKE):
             values[flag.name] = theirs[flag.name]
+    values["ties"] = configured(dataset, bits, seed, flags).ties
     return config.resolve(values | METHODS[method].of_bits(bits) | {"seed": seed, "notes": "trial"} | change)
 
 

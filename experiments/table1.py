@@ -32,7 +32,9 @@ BASELINES = ("LSH", "SpeH", "SphH", "ITQ", "PQ", "OPQ")  # as Table 1 calls them
 # rows of other methods: name -> method, its flags
 OTHERS: dict[str, tuple[str, dict[str, object]]] = {
     "CIBHash": ("CIBHash", {}),
+    "CIBHash, released": ("CIBHash", {"recipe": "release"}),
     "SPQ head": ("SPQ", {"head_only": True}),
+    "SPQ head, released": ("SPQ", {"head_only": True, "recipe": "release"}),
 }
 EXACT = "exact search on the features"
 
@@ -151,7 +153,8 @@ def main(argv: list[str] | None = None) -> None:
     frame = run_baselines(frozen, own)
     prepared.cache_clear()  # its memory is wanted
     frame = pd.concat([frame, sweep.run_trials(trials, own).drop(columns="result")])
-    theirs = {method: f"{method}+VGG" for method in BASELINES} | {name: name for name in (*OTHERS, published.OURS)}
+    theirs = {method: f"{method}+VGG" for method in BASELINES} | {published.OURS: published.OURS}
+    theirs |= {name: name.removesuffix(", released") for name in OTHERS}
     frame["published"] = [
         published.map_of("paper_table1_map", theirs.get(method, ""), dataset, bits)
         for method, dataset, bits in frame[["method", "dataset", "bits"]].to_numpy()

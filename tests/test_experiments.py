@@ -72,10 +72,17 @@ def test_table1_has_our_row_and_the_baselines(place, capsys):
     table1.BASELINES = ("LSH", "PQ")  # OPQ takes long on as many dimensions
     assert run_script(lambda: table1.main(given)) == 0
     frame = pd.read_csv(folder / "results" / "table1.csv")
-    assert list(frame["method"].unique()) == ["LSH", "PQ", "exact search on the features", "MeCoQ (Ours)"]
+    assert list(frame["method"].unique()) == ["LSH", "PQ", table1.EXACT, *table1.OTHERS, "MeCoQ (Ours)"]
     (full,) = of(folder, seed=1, memory="soft", queue_begin_epoch=1, hp_gamma=0.5, pos_prior=0.1)
     ours = frame[(frame["method"] == "MeCoQ (Ours)") & (frame["seed"] == 1)]
     assert ours["map"].item() == pytest.approx(100 * full["map"], abs=1e-3)
+    others = [("CIBHash", {"code_length": 16, "batch_size": 64, "sampling": kind}) for kind in ("bernoulli", "sign")]
+    others += [("SPQ", {"M": 4, "head_only": True, "pairs": kind}) for kind in ("cross", "all")]
+    for method, own in others:
+        (trial,) = of(folder, seed=1, method=method, **own)
+        for flag in ("backbone", "image_size", "augmentation", "protocol", "epoch_num", "topK", "ties", "limit"):
+            assert trial["config"][flag] == full["config"][flag], flag
+        assert trial["config"]["optimizer"] == "Adam"
     times = {path: path.stat().st_mtime_ns for path in (folder / "trials").glob("*.json")}
     assert run_script(lambda: table1.main(given)) == 0
     assert times == {path: path.stat().st_mtime_ns for path in times}
@@ -128,13 +135,37 @@ def test_recipes_sets_one_flag_at_a_time(place):
     assert call("recipes", *given, "--hp_lambda", "0.2", "--seeds", "1") == 0
     assert load("recipes").entropy_weight(None, "CIFAR10-II", 32, []) == 0.1
     frame = pd.read_csv(folder / "results" / "measure_recipes.csv")
-    assert len(frame) == 9
+    assert len(frame) == 12
     paper, release = config.recipe_defaults("paper"), config.recipe_defaults("release")
-    for flag in ("codebooks", "pairing", "debias_memory", "negative_bound", "normalize_memory", "normalize_query"):
+    for flag in set(paper) - {"hp_lambda", "keep_lr_scaling", "detect_anomaly"}:
         (trial,) = of(folder, seed=1, recipe="paper", hp_lambda=0, **{flag: release[flag]})
         departing = {name: trial["config"][name] for name in paper if trial["config"][name] != paper[name]}
         assert departing == {flag: release[flag]}
     assert len(of(folder, recipe="release", hp_lambda=0.2)) == 1
+
+
+def test_recipes_are_of_any_method_and_either_way(capsys):
+    def settings(*flags):
+        assert call("recipes", "--seeds", "1", "--backbone", "squeezenet1_0", *flags, "--dry_run") == 0
+        lines = capsys.readouterr().out.splitlines()[1:]
+        return {line.partition(";")[0]: set(line.partition("2: ")[2].split()[1:]) for line in lines}
+
+    around = settings("--around", "release", "--only", "codebook_init", "ties")
+    assert set(around) == {"paper", "release", "release, codebook_init=sphere", "release, ties=expected"}
+    assert around["release"] - around["release, codebook_init=sphere"] == {"codebook_init=xavier"}
+    assert around["release"] - around["release, ties=expected"] == {"ties=database"}
+    bits = settings("--method", "CIBHash", "--bits", "32")
+    assert set(bits) == {"paper", "release", *(f"paper, {x}" for x in (
+        "ties=database", "sampling=sign", "alphabet=pm", "detach_kl=True"))}  # fmt: skip
+    assert bits["release"] - bits["paper"] == {
+        "recipe=release", "ties=database", "sampling=sign", "alphabet=pm", "detach_kl=True"
+    }  # fmt: skip
+    head = settings("--method", "SPQ", "--head_only", "--augmentation", "MeCoQ", "--no-freeze_bn")
+    assert {name.rpartition(" ")[2].partition("=")[0] for name in head} == {
+        "paper", "release", "ties", "schedule", "head_init", "pairs", "anchors"
+    }  # fmt: skip
+    assert "--only lr" in refused(capsys, "recipes", "--only", "lr")
+    assert "--recipe" in refused(capsys, "recipes", "--recipe", "release")
 
 
 # ---------------------------------------------------------------- figures

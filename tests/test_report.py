@@ -48,6 +48,27 @@ def reported(tmp_path_factory):
     return folder, (folder / "report.html").read_text(encoding="utf-8")
 
 
+OTHERS = {  # a run's flags, and what of the published numbers and their sources stands on its page
+    "SPQ": (["--backbone", "resnet18_tiny", "--batch_size", "32", "--M", "8"], ["79.30", "issue 6"]),
+    "CIBHash": (["--backbone", "convnet", "--code_length", "32"], ["62.20", "second third-party quotation"]),
+}
+
+
+@pytest.mark.parametrize("method", OTHERS)
+def test_a_page_of_another_method(method, cifar10_root, tmp_path):
+    flags, published = OTHERS[method]
+    run = ["--method", method, *flags, "--image_size", "16", "--limit", "40", "--epoch_num", "1", "--topK", "20",
+           "--data_root", str(cifar10_root), "--num_workers", "0", "--feature_cache", "off", "--notes", "run",
+           "--output", str(tmp_path)]  # fmt: skip
+    assert main.main(run) == 0
+    assert call("report", "run", "--output", tmp_path, "--queries", 2) == 0
+    text = (tmp_path / "checkpoints/run/report.html").read_text(encoding="utf-8")
+    assert all(words in text for words in published)
+    assert f"{method}, CIFAR10" in text
+    assert "the numbers do not compare" in text
+    assert Page(text).figures
+
+
 def test_nothing_is_loaded_from_elsewhere(reported):
     _, text = reported
     page = Page(text)

@@ -52,7 +52,7 @@ def experiment(config: dict, bits: int) -> tuple[str, str]:
     Args:
         config: the run's flags.
     """
-    if config["method"] != "MeCoQ":
+    if config.get("method", "MeCoQ") != "MeCoQ":
         return "", ""
     dataset, protocol = config["dataset"], config["protocol"]
     short, long = NAMES.get((dataset, protocol)) or NAMES.get((dataset, ""), ("", ""))

@@ -33,7 +33,7 @@ POINTS = {
     "event": (results.Events, "add_scalar"),
     "sync": (os, "fsync"),  # of a temporary file
     "rename": (Path, "replace"),  # onto its final name
-    "rank": (retrieval, "ranked_relevance"),
+    "rank": (retrieval, "ranking"),
 }
 
 

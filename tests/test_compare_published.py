@@ -16,6 +16,7 @@ def write_metrics(output, notes, value, flags, canonical=True):
     folder = output / "checkpoints" / notes
     folder.mkdir(parents=True)
     metrics = {"map": value, "bits": config["M"] * 8, "canonical_data": canonical, "config": config}
+    metrics["map_by_ties"] = {"expected": value, "database": value}
     (folder / "metrics.json").write_text(json.dumps(metrics))
 
 
@@ -88,17 +89,19 @@ def test_results_that_cannot_be_compared_are_named(name, content, words, tmp_pat
 
 def test_runs_of_an_earlier_version_are_read(tmp_path):
     """A flag that a run does not have was at its default."""
-    for notes, missing in (("a", ("method", "normalize_query", "alpha")), ("b", ("T",))):
+    for notes, missing in (("a", ("method", "normalize_query", "alpha", "ties")), ("b", ("T",))):
         write_metrics(tmp_path, notes, 0.64, CIFAR_II_32)
         path = tmp_path / "checkpoints" / notes / "metrics.json"
         metrics = json.loads(path.read_text())
         for flag in missing:
             del metrics["config"][flag]
+        if notes == "a":
+            del metrics["map_by_ties"]
         path.write_text(json.dumps(metrics))
     assert call("compare_published", "--output", tmp_path) == 0
     with (tmp_path / "checkpoints" / "compare_published.csv").open() as file:
         settings = [row["setting"] for row in csv.DictReader(file) if row["setting"]]
-    assert settings == ["paper", "paper, T=0.1"]
+    assert settings == ["paper, T=0.1", "paper, ties=database"]
 
 
 def test_compare_published_reads_the_tables(tmp_path, capsys):

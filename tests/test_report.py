@@ -43,7 +43,7 @@ class Page(HTMLParser):
 @pytest.fixture(scope="module")
 def reported(tmp_path_factory):
     output = tmp_path_factory.mktemp("report")
-    folder = small_run(output, *LIVELY)
+    folder = small_run(output, *LIVELY, "--ties", "database")
     assert call("report", "small", "--output", output, "--queries", N) == 0
     return folder, (folder / "report.html").read_text(encoding="utf-8")
 

@@ -9,7 +9,7 @@ import pandas as pd
 import pytest
 from helpers import FROZEN, ROOT, call
 
-import engine
+import evaluation
 import loss
 import main
 from config import Config
@@ -90,7 +90,7 @@ def test_a_training_of_the_backbone_goes_on_from_where_it_was_stopped(tmp_path, 
              "--feat_dim", "8", "--topK", "20", "--lr", "0.05", "--num_workers", "0", "--epoch_num", "3",
              "--queue_begin_epoch", "1", "--queue_size", "30", "--feature_cache", "off"]  # fmt: skip
     own = ["--datasets", "Digits", "--bits", "16", "--seeds", "5", f"--results={tmp_path}", "--layers", "0"]
-    calls = interrupted(monkeypatch, engine, "validate", 3)
+    calls = interrupted(monkeypatch, evaluation, "validate", 3)
     assert call("layers", *own, *given, f"--trials={tmp_path}/a") == 130
     assert list((tmp_path / "a").glob("checkpoints/*/last.cpt"))
     assert call("layers", *own, *given, f"--trials={tmp_path}/a") == 0

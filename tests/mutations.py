@@ -56,7 +56,7 @@ MUTATIONS: dict[str, tuple[Mutation, ...]] = {
         M("methods/mecoq.py", "2 * config.batch_size if", "config.batch_size if", "mecoq", "move_on"),
         M("methods/mecoq.py", 'if codebooks.init == "sphere" else', 'if codebooks.init != "xavier2" else', "mecoq",
           "drawn"),
-        M("methods/mecoq.py", "held = int(self.written.sum())", "held = self.size",
+        M("methods/mecoq.py", "return self.codes[:held] if", "return self.codes if",
           "mecoq", "queue"),
         M("methods/mecoq.py", "config.queue_size, config.queue_begin_epoch", "384, config.queue_begin_epoch", "mecoq",
           "memory"),

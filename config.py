@@ -15,7 +15,7 @@ from typing import Any, NoReturn
 
 from data import DATASETS
 from methods import BACKBONES, METHODS
-from methods.flags import Flag, at_least, between, not_negative, positive
+from methods.flags import Depends, Flag, at_least, between, not_negative, positive
 from utils import InputError, Parser
 
 NOTES = re.compile(r"\w[\w.+=-]*")
@@ -111,7 +111,7 @@ FLAGS: dict[str, tuple[Flag, ...]] = {
         Flag("keep_lr_scaling", None, "result", "honour --lr_scaling throughout; in the released code the scheduler "
              "overwrites it: all learn at --lr", recipe=(True, False)),
         Flag("momentum", 0.9, "result", "of SGD", between(0, 1, "must be in [0, 1)")),
-        Flag("hp_beta", 5e-6, "result", "beta, weight decay, Eq. 14", not_negative),
+        Flag("hp_beta", 5e-6, "result", "weight decay; MeCoQ's beta, Eq. 14", not_negative),
         Flag("schedule", "batch", "result", "how the learning rate falls after the warm-up: batch: half a cosine, "
              "stepped every batch; epoch: every epoch; returning: every epoch, and half a cosine takes as many epochs "
              "as an epoch has steps, so that the rate rises again, as in SPQ's released code",
@@ -124,7 +124,7 @@ FLAGS: dict[str, tuple[Flag, ...]] = {
              "slows it and changes no result", recipe=(False, True)),
     ),
     "test (Eq. 18)": (
-        Flag("topK", None, "result", "K of MAP@K and P@K (default: the whole database)", at_least(1), type=int),
+        Flag("topK", None, "result", "K of MAP@K and P@K; without it: the whole database", at_least(1), type=int),
         Flag("ties", None, "result", "MAP of images with equal scores: expected: the mean over all their orders, "
              "exact; database: in database order, which misjudges short codes if the database is sorted by class",
              choices=("expected", "database"), recipe=("expected", "database")),
@@ -160,6 +160,8 @@ def _with_default(flag: Flag, defaults: Mapping[str, object]) -> Flag:
     if flag.name == "method" or flag.name not in defaults:
         return flag
     value, kind = defaults[flag.name], flag.type or type(flag.recipe[0] if flag.recipe else flag.default)
+    if isinstance(value, Depends):
+        return replace(flag, default=None, type=kind, help=f"{flag.help} (default: {value.words})")
     if isinstance(value, tuple):
         return replace(flag, default=None, recipe=value, type=kind)
     return replace(flag, default=value, recipe=None, type=None if kind is bool else kind)
@@ -220,9 +222,10 @@ def build_parser(method: str = "MeCoQ") -> Parser:
 def _add(group: argparse._ArgumentGroup, flag: Flag) -> None:
     names = [f"--{name}" for name in (flag.name, *flag.aliases)]
     marked = " [recipe]" if flag.recipe else ""
-    if flag.default is False:
+    on_by_default = any(row.defaults.get(flag.name) is True for row in METHODS.values())
+    if flag.default is False and not on_by_default:
         group.add_argument(*names, action="store_true", help=flag.help)
-    elif flag.default is True or (flag.recipe and isinstance(flag.recipe[0], bool)):
+    elif isinstance(flag.default, bool) or (flag.recipe and isinstance(flag.recipe[0], bool)):
         group.add_argument(*names, action=BooleanOptionalAction, default=flag.default, help=flag.help + marked)
     else:
         told = f" (default: {flag.default})" if flag.default is not None else ""
@@ -238,7 +241,8 @@ def parse_flags(argv: list[str] | None) -> dict[str, Any]:
     method = first.parse_known_args(argv)[0].method
     values, unknown = build_parser(method).parse_known_args(argv)
     for flag in unknown:
-        owners = [name for name in METHODS if flag.partition("=")[0].removeprefix("--") in rows(name)]
+        bare = flag.partition("=")[0].removeprefix("--").removeprefix("no-")
+        owners = [name for name in METHODS if name != method and bare in rows(name)]
         if flag.startswith("--") and owners:
             raise InputError(f"{flag.partition('=')[0]}: a flag of {' and '.join(owners)}, not of {method} (--method)")
     if unknown:

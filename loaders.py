@@ -127,9 +127,15 @@ class SmallViews(IterableDataset):
             yield torch.from_numpy(self.images.pixels[rows]).repeat(2, 1, 1, 1), drawn[:, rows].flatten(0, 1)
 
 
-def pixels_in_memory(images: Images, index: int, _: int) -> tuple[int, Tensor]:
-    """An image's index and pixels `[H, W, 3]` uint8."""
-    return index, torch.tensor(images.pixels[index])
+class PixelsInMemory(Dataset):
+    """Batches of (image, seed) -> the images' indices and pixels `[N, H, W, 3]` uint8, all at once."""
+
+    def __init__(self, images: Images) -> None:
+        self.images = images
+
+    def __getitems__(self, keys: list[tuple[int, int]]) -> tuple[Tensor, Tensor]:
+        rows = torch.tensor([index for index, _ in keys])
+        return rows, torch.from_numpy(self.images.pixels[rows])
 
 
 def whole_photo(images: ImageFiles, image_size: int, index: int, _: int) -> tuple[int, Tensor]:
@@ -193,7 +199,7 @@ def train_loader(splits: Splits, options: ViewOptions, device: str, num_workers:
     if len(batches) == 0:
         raise InputError(
             f"{len(images)} training images make no whole batch of {options.batch_size}, and smaller ones are left "
-            "out: choose a smaller --batch_size"
+            "out: choose a smaller --batch_size, or --no-drop_last"
         )
     if options.augmentation != "MeCoQ":
         return spq_loader(splits, options, batches, device, num_workers)
@@ -219,10 +225,11 @@ def spq_loader(
     """The same by SPQ's augmentation. Of images on disk, workers resize the whole to `[S, S]` first."""
     images, S = splits.train, options.image_size
     if images.on_disk:
-        read, size = partial(whole_photo, images, S), (S, S)
+        read, size = SeededViews(partial(whole_photo, images, S)), (S, S)
+        loader = DataLoader(read, batch_sampler=batches, **_loader_options(device, num_workers))
     else:
-        read, size, num_workers = partial(pixels_in_memory, images), images.pixels.shape[1:3], 0
-    loader = DataLoader(SeededViews(read), batch_sampler=batches, **_loader_options(device, num_workers))
+        read, size = PixelsInMemory(images), images.pixels.shape[1:3]
+        loader = DataLoader(read, batch_sampler=batches, collate_fn=tuple, **_loader_options(device, 0))
     augment = partial(spq_views.two_views, image_size=S, variant=options.augmentation, normalized=options.normalized)
     return TwoViews(DrawnBatches(loader, batches, size, splits.mirrored), batches, augment, device)
 

@@ -47,7 +47,8 @@ def build_parser() -> Parser:
         flag = table[ours]
         usual = 32 if ours == "image_size" else flag.default
         kind = flag.type or type(flag.default)
-        told = f"main.py's --{ours}: {flag.help} (default: {usual})".replace("%", "%%")
+        words = "folder of the images" if ours == "data_root" else flag.help
+        told = f"main.py's --{ours}: {words} (default: {usual})".replace("%", "%%")
         parser.add_argument(f"--{theirs}", type=kind, metavar=theirs.upper(), help=told)
     return parser
 
@@ -61,7 +62,10 @@ def translated(argv: list[str] | None) -> list[str]:
         raise InputError(f"--gpu_id {given.gpu_id}: must be the number of one GPU, or cpu")
     if given.if_download.lower() not in TRUTHS:
         raise InputError(f"--if_download {given.if_download}: must be True or False")
-    if given.num_cls != CLASSES and not any(flag.partition("=")[0] == "--dataset" for flag in further):
+    names = {flag.partition("=")[0] for flag in further}
+    if "--method" in names:
+        raise InputError("--method: this is SPQ's command line; main.py has all methods")
+    if given.num_cls != CLASSES and "--dataset" not in names:
         raise InputError(f"--num_cls {given.num_cls}: CIFAR-10 has {CLASSES} classes")
     flags = ["--method=SPQ", f"--device={device}"]
     flags += ["--download_cifar10"] if TRUTHS[given.if_download.lower()] else []

@@ -14,8 +14,8 @@ class Schedule:
     """The learning rate of each step: a linear rise from `start` to `base` whose last warm-up step has reached `base`,
     then half a cosine from `base` towards `final`.
 
-    `kind`: "batch": stepped every batch; "epoch": once an epoch; "returning": once an epoch, too, but the cosine falls
-    for as many epochs as an epoch has steps and then rises again, as in SPQ's released code.
+    `kind`: the cosine is stepped every "batch", or once an "epoch"; "returning": once an epoch, too, but it falls for
+    as many epochs as an epoch has steps and then rises again, as in SPQ's released code.
     """
 
     epochs: int
@@ -27,14 +27,11 @@ class Schedule:
 
     def rate(self, step: int, steps_per_epoch: int) -> float:
         """The learning rate of one optimisation step, counted from 0 over all epochs."""
-        if self.kind == "batch":
-            unit, done = steps_per_epoch, step
-        else:
-            unit, done = 1, step // steps_per_epoch
-        warmup, end = self.warmup_epochs * unit, self.epochs * unit
-        if done < warmup:
-            return self.start + (self.base - self.start) * done / max(warmup - 1, 1)
-        falling = steps_per_epoch if self.kind == "returning" else end - warmup
+        warmup, end = self.warmup_epochs * steps_per_epoch, self.epochs * steps_per_epoch
+        if step < warmup:
+            return self.start + (self.base - self.start) * step / max(warmup - 1, 1)
+        done = step if self.kind == "batch" else step // steps_per_epoch * steps_per_epoch
+        falling = steps_per_epoch**2 if self.kind == "returning" else end - warmup
         progress = (done - warmup) / max(falling, 1)
         return self.final + (self.base - self.final) * (1 + math.cos(math.pi * progress)) / 2
 

@@ -292,6 +292,8 @@ def read_metrics(path: Path) -> dict:
     try:
         metrics = json.loads(path.read_text(encoding="utf-8"))
         if isinstance(metrics["config"], dict) and isinstance(metrics["map"], float):
+            if "map_by_ties" not in metrics:  # of a version that knew no other order
+                metrics["config"]["ties"] = "database"
             return metrics
     except (ValueError, KeyError, TypeError, RecursionError, OSError):
         pass

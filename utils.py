@@ -136,9 +136,7 @@ def naming_lack_of_memory() -> Iterator[None]:
         if not isinstance(error, MemoryError) and not any(words in str(error) for words in OUT_OF_MEMORY):
             raise
         reason = one_line(error)[:200]
-        raise RunError(
-            f"out of memory ({reason}): try a smaller --batch_size, --num_workers, --queue_size or --K"
-        ) from error
+        raise RunError(f"out of memory ({reason}): try a smaller --batch_size, --num_workers or code") from error
 
 
 def load_object(path: str) -> Any:

@@ -57,8 +57,7 @@ def read_run(path: Path) -> dict | None:
 
 def setting(experiment: str, metrics: dict) -> str:
     """The recipe, and every flag that its script and recipe would have set otherwise."""
-    earlier = {} if "map_by_ties" in metrics else {"ties": "database"}  # a version that knew no other
-    stored = earlier | metrics["config"]
+    stored = metrics["config"]
     script = config.parse([*script_flags(experiment), "--recipe", stored["recipe"]])
     names = [name for name in config.differing(script, stored, *config.RESULTS, "weights") if name != "seed"]
     defaults = config.rows(script.method)

@@ -21,15 +21,16 @@ from utils import InputError, Parser
 NAMES = {
     long: ["--dataset", dataset, *(["--protocol", protocol] if protocol else [])]
     for (dataset, protocol), (_, long) in published.NAMES.items()
-} | {name: ["--dataset", name] for name in DATASETS if name not in {dataset for dataset, _ in published.NAMES}}
+} | {f"CIFAR10-{name}": ["--dataset", "CIFAR10", "--protocol", name] for name in ("official", "CIBHash")}
+NAMES |= {name: ["--dataset", name] for name in DATASETS if name not in {dataset for dataset, _ in published.NAMES}}
 SHORT = {long: short for short, long in published.NAMES.values()}
 REFUSED = ("test_only", "resume", "overwrite", "notes", "output", "symmetric_distance")  # a sweep makes many runs
 # what --datasets, --bits and --seeds say
 OWN = ("--dataset", "--protocol", "--protocal", "--M", "--K", "--code_length", "--seed")
 # of the flags that all methods have, those that another method takes from MeCoQ's run, beside which it stands: images,
 # features and views are the same, and so is how long it is trained and how it is tested
-SAME = ("images", "features", "views", "weights", "place", "speed", "action")
-TESTED_ALIKE = ("recipe", "epoch_num", "topK", "ties", "eval_interval", "monitor_counter")
+SAME = ("images", "features", "views", "weights", "place", "action")
+TESTED_ALIKE = ("epoch_num", "topK", "ties", "eval_interval", "monitor_counter", "device", "num_workers")
 
 
 @dataclass(frozen=True)
@@ -120,21 +121,27 @@ def configured(dataset: str, bits: int, seed: int, flags: list[str], **change: o
 def beside(method: str, dataset: str, bits: int, seed: int, flags: list[str], **change: object) -> Config:
     """The configuration of another method's training beside MeCoQ's: the same images, features, views, epochs and
     tests, its own loss and optimiser, and then `change`; a recipe among it decides about the method only."""
-    theirs, values = script_values(dataset, bits, tuple(flags)), config.parse_flags(["--method", method])
-    shared = [flag for table in config.FLAGS.values() for flag in table if flag.name != "method"]
-    for flag in shared:
-        if theirs.get(flag.name) is not None and (flag.affects in SAME or flag.name in TESTED_ALIKE):
-            values[flag.name] = theirs[flag.name]
-    values["ties"] = configured(dataset, bits, seed, flags).ties
-    return config.resolve(values | METHODS[method].of_bits(bits) | {"seed": seed, "notes": "trial"} | change)
+    theirs, values = configured(dataset, bits, seed, flags), config.parse_flags(["--method", method])
+    values |= {name: getattr(theirs, name) for name in shared()}
+    return config.resolve(values | METHODS[method].of_bits(bits) | {"recipe": "paper", "notes": "trial"} | change)
 
 
-def departures(dataset: str, bits: int, flags: list[str]) -> str:
-    """The flags that are not as in the published script, for a table; the recipe has a column of its own."""
+def shared() -> list[str]:
+    """The flags that another method beside MeCoQ takes from its run."""
+    rows = [flag for table in config.FLAGS.values() for flag in table if flag.name != "vgg_model_path"]
+    return [flag.name for flag in rows if flag.affects in SAME or flag.name in TESTED_ALIKE]
+
+
+def departures(dataset: str, bits: int, flags: list[str], names: list[str] | None = None) -> str:
+    """The flags that are not as in the published script, for a table; the recipe has a column of its own.
+
+    Args:
+        names: of the flags that count; None: all.
+    """
     given = script_values(dataset, bits, tuple(flags))
     script = script_values(dataset, bits, ("--method", given["method"]))
-    changed = [f"{name}={given[name]}" for name in told(given["method"]) if given[name] != script[name]]
-    return ", ".join(changed)
+    names = [name for name in told(given["method"]) if names is None or name in names]
+    return ", ".join(f"{name}={given[name]}" for name in names if given[name] != script[name])
 
 
 def told(method: str) -> list[str]:

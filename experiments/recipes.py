@@ -30,6 +30,7 @@ def settings(values: dict[str, object], around: str, only: list[str] | None) -> 
     method = values["method"]
     recipes = {name: config.recipe_defaults(name, method) for name in ("paper", "release")}
     held = [flag for flag in recipes["paper"] if flag in IDLE or (values[flag] is not None and flag != "hp_lambda")]
+    held += ["freeze_bn"] if values.get("head_only") else []
     if "hp_lambda" in recipes["release"]:
         recipes["release"]["hp_lambda"] = values["hp_lambda"]
     named: dict[str, dict[str, object]] = {
@@ -60,10 +61,10 @@ def parse(argv: list[str] | None) -> tuple[Namespace, list[str], dict[str, objec
     parser.add_argument("--only", nargs="+", metavar="FLAG", help="flags to change (default: all of the recipe)")
     own, given = flags.parse(parser, argv, "tabulate", any_method=True)
     values = config.parse_flags(given)
-    known = config.recipe_defaults("paper", values["method"])
+    changeable = [flag for flag in config.recipe_defaults("paper", values["method"]) if flag not in IDLE]
     for flag in own.only or []:
-        if flag not in known or flag in IDLE:
-            raise InputError(f"--only {flag}: is none of {', '.join(name for name in known if name not in IDLE)}")
+        if flag not in changeable:
+            raise InputError(f"--only {flag}: is none of {', '.join(changeable)}")
     if values["recipe"] != "paper":
         raise InputError("--recipe: this script sets the recipes itself; --around says which one is changed")
     return own, given, values

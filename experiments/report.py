@@ -174,12 +174,20 @@ def beside(configuration: Config, bits: int) -> list[tuple[str, str]]:
     return found
 
 
+def ties(metrics: dict) -> str:
+    """How equal scores count in the run's MAP, and what it is if they count otherwise."""
+    maps = metrics.get("map_by_ties")
+    if not isinstance(maps, dict) or not _numbers(maps) or maps.keys() != {"expected", "database"}:
+        return ""
+    return f"; equal scores: expected {100 * maps['expected']:.2f}, in database order {100 * maps['database']:.2f}"
+
+
 def head(metrics: dict, configuration: Config) -> str:
     """Title, the main figures, the published ones, and what to mind when comparing them."""
     protocol = f" ({configuration.protocol})" if DATASETS[configuration.dataset].protocols else ""
     epochs = f"epochs, the best one {metrics['best_epoch']}" if metrics["epochs_run"] else "epochs: tested only"
     figures = [
-        (f"{100 * metrics['map']:.2f}", f"MAP@{metrics['topK'] or 'all'} in percent"),
+        (f"{100 * metrics['map']:.2f}", f"MAP@{metrics['topK'] or 'all'} in percent{ties(metrics)}"),
         (metrics["bits"], "bits per image"),
         (metrics["epochs_run"], epochs),
     ]

@@ -50,11 +50,16 @@ def baseline_trials(own: Namespace, given: list[str]) -> list[Trial]:
 
 def other_trials(own: Namespace, given: list[str]) -> list[Trial]:
     """A trial per other method."""
+
+    def trial(name: str, dataset: str, bits: int, seed: int) -> Trial:
+        method, change = OTHERS[name]
+        changed = flags.departures(dataset, bits, given, flags.shared())
+        labels = flags.labels(name, dataset, bits, seed, given) | {"flags": changed}
+        return Trial(labels, flags.beside(method, dataset, bits, seed, given, **change))
+
     return [
-        Trial(flags.labels(name, dataset, bits, seed, given),
-              flags.beside(method, dataset, bits, seed, given, **change))
-        for dataset in own.datasets for seed in own.seeds for bits in own.bits
-        for name, (method, change) in OTHERS.items()
+        trial(name, dataset, bits, seed)
+        for dataset in own.datasets for seed in own.seeds for bits in own.bits for name in OTHERS
     ]  # fmt: skip
 
 

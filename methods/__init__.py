@@ -19,7 +19,7 @@ class MethodRow:
         resolve: fills in the values of its flags that depend on others, in place, given whether the backbone is a
             pretrained one; raises InputError if they do not go together.
         defaults: its own defaults of the flags that all methods have; a pair, if its recipes `paper` and `release` have
-            different ones.
+            different ones, or `flags.Depends`.
     """
 
     build: str
@@ -74,7 +74,7 @@ BACKBONES: dict[str, BackboneRow] = {
     "resnet18_small": BackboneRow(
         "methods.backbones:small_resnet",
         1,
-        8,
+        9,
         pretrained=False,
         network="methods.backbones:resnet18_small",
         normalized=False,
@@ -82,7 +82,7 @@ BACKBONES: dict[str, BackboneRow] = {
     "resnet18_tiny": BackboneRow(
         "methods.backbones:small_resnet",
         1,
-        8,
+        9,
         pretrained=False,
         network="methods.backbones:resnet18_tiny",
         normalized=False,

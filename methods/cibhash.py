@@ -34,7 +34,7 @@ class Objective:
     Args:
         sampling: codes in training: "bernoulli": b = 1 with probability p, Eq. 11; "sign": p > 1/2, as released.
         alphabet: values of a bit: "01", or "pm": -1 and 1, as released.
-        kl_weight: of the KL term, the bound on what a code knows of its view.
+        kl_weight: of the KL term, an upper bound on the mutual information of code and view.
         detach_kl: no gradient through the second distribution of a KL, as released.
     """
 

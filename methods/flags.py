@@ -59,6 +59,13 @@ class Flag:
         return self.rule(value) if self.rule and value is not None else None
 
 
+@dataclass(frozen=True)
+class Depends:
+    """A method's default that depends on other flags, in words; `MethodRow.resolve` or `config.resolve` fills it in."""
+
+    words: str
+
+
 def at_least(low: float, reason: str = "") -> Rule:
     return lambda value: None if value >= low else f"must be at least {low}{reason}"
 
@@ -185,9 +192,10 @@ SPQ: dict[str, tuple[Flag, ...]] = {
 
 # SPQ's paper could not be read: what its column says comes from its figures and from its authors
 SPQ_DEFAULTS: dict[str, object] = {
-    "protocol": "official", "image_size": None, "backbone": "resnet18_small", "augmentation": ("SPQ", "SPQ-release"),
+    "protocol": "official", "image_size": Depends("32, or 224 for a pretrained backbone"),
+    "backbone": "resnet18_small", "augmentation": ("SPQ", "SPQ-release"),
     "epoch_num": 5000, "batch_size": 256, "drop_last": True, "optimizer": "Adam", "lr": 3e-4, "hp_beta": 1e-5,
-    "schedule": ("epoch", "returning"), "warmup_epoch_num": 10, "start_lr": None, "final_lr": 0.0,
+    "schedule": ("epoch", "returning"), "warmup_epoch_num": 10, "start_lr": Depends("as --lr"), "final_lr": 0.0,
     "keep_lr_scaling": True, "detect_anomaly": False, "topK": 1000, "eval_interval": 100, "monitor_counter": 5000,
 }  # fmt: skip
 
@@ -225,18 +233,18 @@ CIBHASH: dict[str, tuple[Flag, ...]] = {
              choices=("bernoulli", "sign"), recipe=("bernoulli", "sign")),
         Flag("alphabet", None, "result", "values of a bit in the loss: 01: 0 and 1; pm: -1 and 1, as in the released "
              "code: another cosine", choices=("01", "pm"), recipe=("01", "pm")),
-        Flag("kl_weight", 0.001, "result", "beta, weight of the KL term, the bound on what a code knows of its view",
-             not_negative),
-        Flag("detach_kl", None, "result", "let the KL term teach one of its two distributions only, as the released "
-             "code does (what the paper does could not be read)", recipe=(False, True)),
+        Flag("kl_weight", 0.001, "result", "beta, weight of the KL term, an upper bound on the mutual information of "
+             "code and view", not_negative),
+        Flag("detach_kl", None, "result", "stop the gradient through the second distribution of each KL, as the "
+             "released code does (what the paper does could not be read)", recipe=(False, True)),
     ),
 }  # fmt: skip
 
 # CIBHash's paper could not be read: its column comes from what others quote and from MeCoQ's Table 1
 CIBHASH_DEFAULTS: dict[str, object] = {
-    "protocol": ("II", "CIBHash"), "epoch_num": None, "batch_size": 64, "optimizer": "Adam", "lr": 1e-3,
-    "hp_beta": 0.0, "disable_scheduler": True, "keep_lr_scaling": True, "detect_anomaly": False, "topK": 1000,
-    "eval_interval": 20, "monitor_counter": 6,
+    "protocol": ("II", "CIBHash"), "epoch_num": Depends("60, at 16 bits 80"), "batch_size": 64, "optimizer": "Adam",
+    "lr": 1e-3, "hp_beta": 0.0, "disable_scheduler": True, "keep_lr_scaling": True, "detect_anomaly": False,
+    "topK": 1000, "eval_interval": 20, "monitor_counter": 6,
 }  # fmt: skip
 
 

@@ -91,7 +91,9 @@ class CodeMemory(nn.Module):
     def entries(self) -> Tensor:
         """The entries held, `[B, *shape]`, in no particular order."""
         held = int(self.written.sum())
-        return self.codes[:held] if self.written[:held].all() else self.codes[self.written.to(self.codes.device)]
+        if self.written[:held].all():
+            return self.codes[:held]
+        return self.codes[self.written.nonzero()[:, 0].to(self.codes.device, non_blocking=True)]
 
 
 def hard_reconstruction(quantizer: CodebookAttention, z: Tensor) -> Tensor:

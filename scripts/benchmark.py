@@ -77,6 +77,8 @@ def parse(argv: list[str] | None) -> tuple[Namespace, Config]:
     if not 0 <= own.labels <= 1000:
         raise InputError(f"--labels {own.labels}: must be from 0 to 1000")
     configuration = config.parse(flags)
+    if configuration.method != "MeCoQ":
+        raise InputError(f"--method {configuration.method}: the plain side of the benchmark is MeCoQ's")
     refused = ("test_only", "resume", "overwrite")
     if any(getattr(configuration, name) for name in refused) or configuration.recipe != "paper":
         raise InputError("--test_only, --resume, --overwrite and --recipe have no place here")

@@ -112,6 +112,7 @@ def test_benchmarks_run(what, flags, rows, tmp_path, capsys, monkeypatch):
         (["evaluate", "--labels", "-1"], "--labels -1"),
         (["step", "--nonsense"], "--nonsense"),
         (["run", "--recipe", "release"], "no place here"),
+        (["evaluate", "--method", "CIBHash"], "--method CIBHash"),
         (["views", "--device", "cuda:77"], "--device cuda:77"),
         (["views", "--results", "/dev/null/x"], "cannot write to"),
         (["step", "--data_root", "nowhere", "--dataset", "CIFAR10"], "nowhere"),

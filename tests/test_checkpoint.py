@@ -340,6 +340,12 @@ def test_a_finished_run_of_an_older_version_is_skipped(finished, tmp_path, capsy
     flags = [*SMALL, *LIVELY, "--output", str(tmp_path), "--notes", "small", "--resume"]
     assert main.main(flags) == 0
     assert "is finished: nothing to do" in capsys.readouterr().out
+    del metrics["map_by_ties"], metrics["config"]["ties"]  # of a version that knew one order of equal scores only
+    path.write_text(json.dumps(metrics))
+    assert main.main(flags) == 2
+    assert "holds a run with ties=database" in capsys.readouterr().err
+    assert main.main([*flags, "--ties", "database"]) == 0
+    assert "is finished: nothing to do" in capsys.readouterr().out
 
 
 def test_what_failed_before_it_began_is_no_run(tmp_path, capsys):

@@ -144,6 +144,7 @@ def test_defaults_that_depend_on_other_flags(capsys):
         "--warmup_epoch_num -1", "--lr_scaling -1", "--mo debias", "--method SPQ --K 10", "--method SPQ --alpha 10",
         "--method SPQ --backbone vgg16", "--method SPQ --head_only", "--method CIBHash --code_length 12",
         "--anchors both", "--method SPQ --head_only --backbone vgg16 --trainable_layer_num 1", "--method CIBHash --M 4",
+        "--method SPQ --no-normalize_query", "--method SPQ --image_size 8",
         "--method SPQ --views pil", "--method CIBHash --freeze_bn", "--code_length=16",
     ],
 )  # fmt: skip
@@ -196,6 +197,15 @@ def test_defaults_of_a_method_that_depend_on_other_flags(capsys):
     head = dry_run(capsys, "--method", "SPQ", "--head_only", "--backbone", "vgg16", "--lr", "0.001")
     assert (head["image_size"], head["weights"], head["start_lr"]) == (224, "imagenet", 0.001)
     assert not dry_run(capsys, "--method", "CIBHash", "--no-disable_scheduler")["disable_scheduler"]
+    assert not dry_run(capsys, "--no-drop_last")["drop_last"]
+    text = " ".join(build_parser("SPQ").format_help().split() + build_parser("CIBHash").format_help().split())
+    assert all(f"(default: {words})" in text for words in ("as --lr", "60, at 16 bits 80"))
+    assert "whole database (default: 1000)" in text
+
+
+def test_a_flag_that_only_another_method_has_is_named_as_such(capsys):
+    for flags in (["--method", "SPQ", "--no-normalize_query"], ["--method", "CIBHash", "--alpha=3"], ["--L", "3"]):
+        assert "a flag of" in refused(capsys, *flags)
 
 
 def test_help_groups_flags_and_names_symbols():

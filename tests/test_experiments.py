@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 import time
+from argparse import Namespace
 
 import numpy as np
 import pandas as pd
@@ -95,6 +96,29 @@ def test_table1_has_our_row_and_the_baselines(place, capsys):
     assert run_script(lambda: table1.main([*given, "--limit", "60"])) == 2
     assert "PQ and OPQ need 256 training images" in capsys.readouterr().err
     assert "convnet: it has no frozen layers" in refused(capsys, "table1", *given[:-2], "--backbone", "convnet")
+
+
+def test_another_method_is_trained_and_tested_as_the_one_beside_it(capsys):
+    given = ["--backbone", "squeezenet1_0", "--lr", "0.5", "--T", "0.2", "--limit", "300"]
+
+    def trials(*more):
+        own = ["--datasets", "Digits", "--bits", "16", "--seeds", "3"]
+        assert run_script(lambda: load("table1").main([*own, *given, *more, "--dry_run"])) == 0
+        lines = capsys.readouterr().out.splitlines()[2:]
+        return {line.partition(";")[0]: set(line.partition(": ")[2].split()) for line in lines}
+
+    for more in ([], ["--recipe", "release"]):
+        found = trials(*more)
+        assert len({frozenset(key) for key in found.values()}) == 5
+        for name, key in found.items():
+            assert not any(flag.startswith("topK") for flag in key), name
+            assert {"dataset=Digits", "limit=300", "seed=3"} <= key
+            assert ("ties=database" in key) == bool(more)
+            assert ("lr=0.5" in key) == ("T=0.2" in key) == (name == "MeCoQ (Ours)")
+            assert ("recipe=release" in key) == ("released" in name or (bool(more) and name == "MeCoQ (Ours)"))
+    label = load("table1").other_trials(Namespace(datasets=["Digits"], bits=[16], seeds=[3]), given)[0].labels["flags"]
+    assert "limit=300" in label
+    assert "T=0.2" not in label
 
 
 def test_table3_counts_negatives_and_costs(place, capsys):

@@ -57,7 +57,7 @@ def test_a_last_batch_that_is_smaller_can_be_left_out():
 @pytest.mark.parametrize("augmentation", ["MeCoQ", "SPQ"])
 def test_an_epoch_without_a_whole_batch_is_refused(augmentation):
     options = loaders.ViewOptions("batched", 32, 24, 1, augmentation, drop_last=True)
-    with pytest.raises(InputError, match=r"^23 training images make no whole batch of 24, .*--batch_size$"):
+    with pytest.raises(InputError, match=r"^23 training images make no whole batch of 24, .*--no-drop_last$"):
         loaders.train_loader(pictures(), options, "cpu", 0)
     assert len(loaders.train_loader(pictures(), replace(options, batch_size=23), "cpu", 0)) == 1
 

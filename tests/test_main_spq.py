@@ -53,7 +53,7 @@ def test_flags_of_the_project_are_passed_on():
 @pytest.mark.parametrize(
     "flags",
     ["--N_words 10", "--N_books 0", "--gpu_id two", "--gpu_id 0,1", "--if_download maybe", "--num_cls 100", "--Top_N x",
-     "--L_word 0", "--alpha 3", "--contrastive_temperature 0", "--batch_size 1"],
+     "--L_word 0", "--method MeCoQ", "--alpha 3", "--contrastive_temperature 0", "--batch_size 1"],
 )  # fmt: skip
 def test_wrong_flags_end_in_one_line_with_their_own_names(flags):
     result = started(*flags.split())

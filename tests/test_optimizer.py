@@ -42,6 +42,11 @@ def test_a_rate_by_epoch_falls_once_over_the_whole_training():
     np.testing.assert_allclose(rates[:, 0], expected, rtol=1e-12)
 
 
+def test_a_rate_by_epoch_warms_up_batch_by_batch():
+    rates = [Schedule(5, 1, start=0.1, base=1.0, final=0.0, kind="epoch").rate(step, 4) for step in range(8)]
+    np.testing.assert_allclose(rates, [0.1, 0.4, 0.7, 1.0, 1.0, 1.0, 1.0, 1.0])
+
+
 @given(st.integers(1, 20), st.integers(1, 10), st.integers(0, 3))
 def test_learning_rate_rises_to_base_then_falls_towards_final(steps, epochs, warmup):
     schedule = Schedule(epochs, warmup, start=1e-5, base=0.01, final=1e-4)

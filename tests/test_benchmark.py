@@ -101,6 +101,10 @@ def test_benchmarks_run(what, flags, rows, tmp_path, capsys, monkeypatch):
         assert 0 < row["map"] <= 1
 
 
+def test_benchmarks_are_of_mecoq(capsys):
+    assert "--method CIBHash: the plain side" in refused(capsys, "benchmark", "evaluate", "--method", "CIBHash")
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
@@ -112,7 +116,6 @@ def test_benchmarks_run(what, flags, rows, tmp_path, capsys, monkeypatch):
         (["evaluate", "--labels", "-1"], "--labels -1"),
         (["step", "--nonsense"], "--nonsense"),
         (["run", "--recipe", "release"], "no place here"),
-        (["evaluate", "--method", "CIBHash"], "--method CIBHash"),
         (["views", "--device", "cuda:77"], "--device cuda:77"),
         (["views", "--results", "/dev/null/x"], "cannot write to"),
         (["step", "--data_root", "nowhere", "--dataset", "CIFAR10"], "nowhere"),

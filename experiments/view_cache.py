@@ -40,7 +40,7 @@ def views_key(configuration: Config) -> dict[str, object]:
     """The flags that features of views depend on. SPQ's colour operations have an order per batch: another batch size
     makes other views."""
     key = config.key(configuration, "images", "features", "views")
-    if getattr(configuration, "augmentation", "MeCoQ") != "MeCoQ":
+    if configuration.augmentation != "MeCoQ":
         key["batch_size"] = configuration.batch_size
     return key
 

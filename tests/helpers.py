@@ -81,6 +81,16 @@ def no_backbone(dim: int) -> torch.nn.Module:
     return backbone
 
 
+def hamming_map(queries: np.ndarray, database: np.ndarray, splits: Splits, K: int) -> float:
+    """MAP@K of bits `[Q, B]` and `[n, B]`, compared one by one, equal distances in database order."""
+    precisions = []
+    for bits, label in zip(queries, splits.query.labels, strict=True):
+        order = np.argsort((bits != database).sum(axis=1), kind="stable")[:K]
+        hits = (splits.database.labels[order] == label).astype(float)
+        precisions.append((hits.cumsum() / np.arange(1, K + 1) * hits).sum() / max(hits.sum(), 1))
+    return float(np.mean(precisions))
+
+
 def splits_of(dataset: str, *roots: Path, seed: int = 2021, limit: int | None = None) -> Splits:
     """Splits by protocol I; `roots`: of images and lists, if the data set is on disk."""
     return data.load_splits(Source(dataset, "I", seed, *(roots or (Path("none"), Path("none")))), limit=limit)

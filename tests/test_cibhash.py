@@ -8,7 +8,7 @@ from argparse import Namespace
 import numpy as np
 import pytest
 import torch
-from helpers import Killed, method_of, no_backbone
+from helpers import Killed, hamming_map, method_of, no_backbone
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
@@ -400,12 +400,7 @@ def check_map(config, folder, found):
     with torch.inference_mode():
         queries = torch.cat([method.embed(batch.float()) for batch in features]).numpy() > 0
     database = np.unpackbits(np.load(folder / "db_codes.npy"), axis=1)
-    precisions = []
-    for bits, label in zip(queries, splits.query.labels, strict=True):
-        order = np.argsort((bits != database).sum(axis=1), kind="stable")[:20]
-        hits = (splits.database.labels[order] == label).astype(float)
-        precisions.append((hits.cumsum() / np.arange(1, 21) * hits).sum() / max(hits.sum(), 1))
-    assert found == pytest.approx(np.mean(precisions), abs=1e-9)
+    assert found == pytest.approx(hamming_map(queries, database, splits, 20), abs=1e-9)
 
 
 @pytest.mark.parametrize(

@@ -6,6 +6,7 @@ import sys
 import numpy as np
 import pytest
 import torch
+from helpers import Killed, hamming_map
 
 import config
 import data
@@ -89,10 +90,6 @@ def sign_hashing(tmp_path, monkeypatch):
     sys.modules.pop("sign_hashing", None)
 
 
-class Killed(BaseException):
-    """No code catches it."""
-
-
 def test_a_method_of_one_file_trains_resumes_and_is_tested(sign_hashing, tmp_path, monkeypatch, capsys):
     whole, stopped = tmp_path / "whole", tmp_path / "stopped"
     assert main.main([*RUN, "--output", str(whole)]) == 0
@@ -133,13 +130,8 @@ def test_its_map_is_that_of_hamming_distances(sign_hashing, tmp_path):
     features = engine.build_features(settings, method.backbone, {"query": splits.query})
     queries = np.unpackbits(evaluation.encode_queries(method, features["query"]).numpy(), axis=1)
     database = np.unpackbits(np.load(folder / "db_codes.npy"), axis=1)
-    precisions = []
-    for bits, label in zip(queries, splits.query.labels, strict=True):
-        order = np.argsort((bits != database).sum(axis=1), kind="stable")[:20]
-        hits = (splits.database.labels[order] == label).astype(float)
-        precisions.append((hits.cumsum() / np.arange(1, 21) * hits).sum() / max(hits.sum(), 1))
     found = json.loads((folder / "metrics.json").read_text())["map_by_ties"]["database"]
-    assert found == pytest.approx(np.mean(precisions), abs=1e-9)
+    assert found == pytest.approx(hamming_map(queries, database, splits, 20), abs=1e-9)
 
 
 def test_a_flag_of_another_method_is_refused_in_one_line(sign_hashing, capsys):

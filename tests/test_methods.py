@@ -6,6 +6,7 @@ import re
 import numpy as np
 import pytest
 import torch
+from helpers import Killed
 
 import config
 import engine
@@ -22,10 +23,6 @@ RUNS = {
     "CIBHash": ["--method", "CIBHash", "--backbone", "convnet"],
     "CIBHash-release": ["--method", "CIBHash", "--backbone", "convnet", "--recipe", "release"],
 }
-
-
-class Killed(BaseException):
-    """No code catches it."""
 
 
 @pytest.mark.parametrize("name", RUNS)

@@ -42,7 +42,8 @@ class Source:
 class Splits:
     """What a protocol makes of a data set. `mirrored`: whether the views may flip, as the data set's row says (a
     flipped digit is not the same thing). `canonical`: False if files are not the published ones. `validation`: the
-    queries that pick the checkpoint; None: the test's own, so that its MAP is optimistic."""
+    queries that pick the checkpoint; None: the test's own, so that its MAP is optimistic. `labelled`: False if the
+    labels are zeros that say nothing, so that there is no MAP."""
 
     train: Images | ImageFiles
     query: Images | ImageFiles
@@ -50,6 +51,7 @@ class Splits:
     mirrored: bool = True
     canonical: bool = True
     validation: Images | ImageFiles | None = None
+    labelled: bool = True
 
     @property
     def all(self) -> dict[str, Images | ImageFiles]:

@@ -74,6 +74,8 @@ FLAGS: dict[str, tuple[Flag, ...]] = {
              "Flickr25K/mirflickr, NUS-WIDE/Flickr", _path, metavar="DIR"),
         Flag("list_root", "data", "place", "folder of the split lists Flickr25k/*.txt and Nuswide/*.txt", _path,
              metavar="DIR"),
+        Flag("images", None, "weights", "folder of the images of --dataset Folder, with all its subfolders", _path,
+             type=str, metavar="DIR"),
         Flag("skip_bad_images", False, "images", "leave out image files that are missing or do not decode, instead of "
              "stopping before the run"),
         Flag("download_cifar10", False, "place", "download CIFAR-10 first if it is not there"),
@@ -310,6 +312,8 @@ def check(values: Mapping[str, Any]) -> None:
         fault = flag.fault(values[name]) if name in values else None
         if fault:
             raise InputError(f"--{name} {values[name]}: {fault}")
+    if DATASETS[values["dataset"]].own != (values["images"] is not None):
+        raise InputError("--dataset Folder and --images DIR go together: give both or none")
     name = values["backbone"]
     backbone = BACKBONES[name]
     if values["trainable_layer_num"] > backbone.trainable:

@@ -51,6 +51,11 @@ def list_photos(root: Path) -> list[str]:
     return sorted(found, key=os.fsencode)
 
 
+def shown_name(name: str) -> str:
+    """A name in one line that any terminal and file takes: what is not printable stands as its escape."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in name)
+
+
 def _is_folder(entry: os.DirEntry) -> bool:
     try:
         return entry.is_dir()

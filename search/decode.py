@@ -142,7 +142,7 @@ class _Decoder:
             raise _EndedError("its decoder crashed") from error
 
     def receive(self) -> Decoded:
-        """The next image. Raises _EndedError if it takes too long or the process dies; there is no process any more then."""
+        """The next image. Raises TimeoutError or _EndedError, and the process is gone, if it takes too long or dies."""
         try:
             if self.connection.poll(self.seconds):
                 return _read(self.connection.recv_bytes(), self.image_size)

@@ -25,10 +25,11 @@ BODY_SECONDS = 10.0  # and one second more for every SLOWEST bytes that arrived
 SLOWEST = 2**16  # bytes per second
 SEND_SECONDS = 30.0
 LINGER_SECONDS = 2.0  # a client that still sends when it is answered would otherwise lose the answer
+BUSY_BODY = b'{"error": "too many connections: try again"}\n'
 BUSY = (
-    b"HTTP/1.1 503 Service Unavailable\r\nContent-Type: application/json\r\nContent-Length: 43\r\nRetry-After: 1\r\n"
-    b'Connection: close\r\n\r\n{"error": "too many connections: try again"}'
-)
+    b"HTTP/1.1 503 Service Unavailable\r\nContent-Type: application/json\r\nContent-Length: %d\r\nRetry-After: 1\r\n"
+    b"Connection: close\r\n\r\n%s"
+) % (len(BUSY_BODY), BUSY_BODY)
 
 
 class Stream(io.RawIOBase):

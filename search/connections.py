@@ -142,7 +142,7 @@ def listening(host: str, port: int) -> socket.socket:
     """A socket that listens there. Raises InputError if it cannot."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     try:
-        return socket.create_server((host, port), family=family, backlog=MOST_CONNECTIONS)
+        return socket.create_server((host, port), family=family, backlog=128)
     except (OSError, OverflowError, UnicodeError) as error:
         reason = getattr(error, "strerror", None) or one_line(error)
         raise InputError(f"cannot listen at {host} port {port} ({reason}): name another --port or --host") from error

@@ -96,6 +96,8 @@ FLAGS: dict[str, tuple[Flag, ...]] = {
         Flag("vgg_model_path", None, "weights", "the same as --weights PATH", type=str, metavar="PATH"),
         Flag("trainable_layer_num", 0, "result", "trained blocks of the backbone, from its end; vgg16: 0, 1 (fc7) or "
              "2 (fc6, fc7); from scratch: always all", not_negative),
+        Flag("normalize_features", False, "result", "centre the frozen backbone's features by their mean over the "
+             "training images, and bring them to unit length, before anything is learned of them; in neither recipe"),
         Flag("precision", "bf16", "features", "of the frozen part of the backbone; all that is learned is float32",
              choices=("bf16", "fp32")),
     ),
@@ -318,6 +320,8 @@ def check(values: Mapping[str, Any]) -> None:
         )
     if values["image_size"] < backbone.smallest:
         raise InputError(f"--image_size {values['image_size']}: {name} needs at least {backbone.smallest}")
+    if values["normalize_features"] and (values["trainable_layer_num"] or not backbone.pretrained):
+        raise InputError("--normalize_features: the mean of features that learn does not stay: freeze the --backbone")
     if values["views"] == "pil" and values["augmentation"] != "MeCoQ":
         raise InputError(f"--views pil: --augmentation {values['augmentation']} is made in batches only")
     if values["weights"] == "imagenet" and not backbone.pretrained:

@@ -75,6 +75,8 @@ def build_method(config: Config) -> Method:
     weights = "random" if config.test_only else config.weights
     backbone = build_backbone(config.backbone, weights, config.trainable_layer_num, config.precision == "bf16")
     method = load_object(METHODS[config.method].build)(backbone, config)
+    if config.normalize_features:
+        method.normalize_features()
     if config.test_only:
         method.load_checkpoint(Path(config.checkpoint))
     method = method.to(config.device)
@@ -261,7 +263,9 @@ def run(config: Config, files: Files, log: Path, state: dict | None = None, sign
         training.restore(state)
         LOG.info("going on in epoch %d, with step %d", training.epoch, training.step)
     with training.stopwatch.measure("features"):
-        features = build_features(config, method.backbone, splits.tested)
+        features = build_features(config, method.backbone, splits.all if config.normalize_features else splits.tested)
+        if config.normalize_features and not state:
+            method.centre_features(features["train"])
     take_place(files, log, state)
     write_json(files.checkpoints / "config.json", recorded(config))
     if not state:

@@ -111,6 +111,8 @@ def train(configuration: Config, shared: Shared, folder: Path, callback: str | N
         method.backbone = PassThrough(method.backbone.dim)
     else:
         loader = engine.build_loader(configuration, shared.splits)
+    if configuration.normalize_features:
+        method.centre_features(shared.features["train"])
     files = Files(folder, configuration.notes)
     files.checkpoints.mkdir(parents=True, exist_ok=True)
     callbacks = [CALLBACKS[callback](shared.images, configuration)] if callback else []

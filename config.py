@@ -17,6 +17,7 @@ from data import DATASETS
 from methods import BACKBONES, METHODS
 from methods.flags import Depends, Flag, at_least, between, not_negative, positive
 from utils import InputError, Parser
+from vectors import resolve_flags
 
 NOTES = re.compile(r"\w[\w.+=-]*")
 RESULTS = ("images", "features", "views", "result")  # what a result depends on, besides the content of weights
@@ -74,6 +75,12 @@ FLAGS: dict[str, tuple[Flag, ...]] = {
              "Flickr25K/mirflickr, NUS-WIDE/Flickr", _path, metavar="DIR"),
         Flag("list_root", "data", "place", "folder of the split lists Flickr25k/*.txt and Nuswide/*.txt", _path,
              metavar="DIR"),
+        Flag("embeddings", None, "weights", "of --dataset Embeddings: a .npy file of vectors [n, D], floats; flags about "
+             "images do not count then", type=str, metavar="X.npy"),
+        Flag("embedding_views", None, "weights", "views of each, floats [n, V, D], from which it learns; without, from "
+             "an embedding's nearest neighbours", type=str, metavar="V.npy"),
+        Flag("embedding_labels", None, "weights", "labels, for the test alone: ints [n], or zeros and ones [n, L]",
+             type=str, metavar="Y.npy"),
         Flag("skip_bad_images", False, "images", "leave out image files that are missing or do not decode, instead of "
              "stopping before the run"),
         Flag("download_cifar10", False, "place", "download CIFAR-10 first if it is not there"),
@@ -85,7 +92,8 @@ FLAGS: dict[str, tuple[Flag, ...]] = {
              choices=("MeCoQ", "SPQ", "SPQ-release")),
         Flag("num_workers", 10, "speed", "processes that prepare images, at most one per core is started",
              not_negative),
-        Flag("limit", None, "images", "use N images per split only, to try things out (default: all)", at_least(1),
+        Flag("limit", None, "images", "use N images per split only, to try things out; N embeddings to train on "
+             "(default: all)", at_least(1),
              type=int, metavar="N"),
     ),
     "backbone": (
@@ -266,6 +274,7 @@ def resolve(values: Mapping[str, Any]) -> Config:
     Raises InputError on the first flag whose value makes no sense, alone or beside the others.
     """
     values = dict(values)
+    resolve_flags(values, rows(values["method"])["backbone"].default)
     method, backbone = METHODS[values["method"]], BACKBONES[values["backbone"]]
     if values["image_size"] is None:
         values["image_size"] = 224 if backbone.pretrained else 32
@@ -293,8 +302,9 @@ def _resolve_weights(values: dict[str, Any]) -> None:
         raise InputError("--weights: with --test_only they come from --checkpoint")
     if values["weights"] and path and values["weights"] != path:
         raise InputError("--weights and --vgg_model_path name different weights: give one of them")
-    pretrained = BACKBONES[values["backbone"]].pretrained
-    values["weights"] = values["weights"] or values["checkpoint"] or path or ("imagenet" if pretrained else "random")
+    usual = "imagenet" if BACKBONES[values["backbone"]].pretrained else "random"
+    usual = "none" if values["backbone"] == "none" else usual
+    values["weights"] = values["weights"] or values["checkpoint"] or path or usual
 
 
 def _default_notes(values: dict[str, Any]) -> str:

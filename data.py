@@ -18,6 +18,7 @@ from readers import (
     read_nuswide,
 )
 from utils import LOG, InputError, worker_count
+from vectors import EmbeddingFiles, Vectors, read_embeddings, split_rows
 
 NOT_COMPARABLE = "Results are not comparable with published ones."
 NAMED = 20  # bad images in a warning
@@ -28,7 +29,7 @@ CIFAR10_CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog
 @dataclass(frozen=True)
 class Source:
     """What to load: `data_root` holds the images, `list_root` the split lists. `download`: fetch
-    CIFAR-10 if it is not there."""
+    CIFAR-10 if it is not there. `embeddings`: the files of that data set."""
 
     dataset: str
     protocol: str
@@ -36,6 +37,7 @@ class Source:
     data_root: Path
     list_root: Path
     download: bool = False
+    embeddings: EmbeddingFiles | None = None
 
 
 @dataclass(frozen=True)
@@ -45,9 +47,9 @@ class Splits:
     queries that pick the checkpoint; None: the test's own, so that its MAP is optimistic. `labelled`: False if the
     labels are zeros that say nothing, so that there is no MAP."""
 
-    train: Images | ImageFiles
-    query: Images | ImageFiles
-    database: Images | ImageFiles
+    train: Images | ImageFiles | Vectors
+    query: Images | ImageFiles | Vectors
+    database: Images | ImageFiles | Vectors
     mirrored: bool = True
     canonical: bool = True
     validation: Images | ImageFiles | None = None
@@ -74,7 +76,8 @@ class Dataset:
     """A row of `DATASETS`: what the program needs to be told about a data set.
 
     `classes`: names of the labels, if they do not stand in `concepts.txt` beside the lists. `mirrored`: see `Splits`.
-    `protocols`: whether there are several. `lists`: folder of the split lists below `list_root`.
+    `protocols`: whether there are several. `lists`: folder of the split lists below `list_root`. `vectors`: whether it
+    has embeddings instead of images, all of which have a code even if --limit leaves few to train on.
     """
 
     load: Callable[[Source], Splits]
@@ -83,6 +86,7 @@ class Dataset:
     mirrored: bool = True
     protocols: bool = False
     lists: str = ""
+    vectors: bool = False
 
 
 # ---------------------------------------------------------------- protocols
@@ -221,6 +225,18 @@ def load_nuswide(source: Source) -> Splits:
     return replace(splits, canonical=canonical)
 
 
+def load_embeddings(source: Source) -> Splits:
+    """Embeddings of the user's own: a tenth of them, 1,000 at most, are queries, the others train and are searched.
+
+    Raises InputError if no file is named, or one is missing or wrong.
+    """
+    if source.embeddings is None:
+        raise InputError("--dataset Embeddings: name them, with --embeddings X.npy")
+    items = read_embeddings(source.embeddings)
+    parts = {name: items.subset(rows) for name, rows in split_rows(len(items), source.seed).items()}
+    return Splits(**parts, labelled=source.embeddings.labels is not None)
+
+
 DATASETS = {
     "CIFAR10": Dataset(load_cifar10, "60,000 images of 10 classes", classes=CIFAR10_CLASSES, protocols=True),
     "Flickr25K": Dataset(load_flickr25k, "25,000 photos with 24 labels", lists="Flickr25k"),
@@ -228,6 +244,7 @@ DATASETS = {
     "Digits": Dataset(
         load_digits, "1,797 handwritten digits, nothing to download", classes=tuple("0123456789"), mirrored=False
     ),
+    "Embeddings": Dataset(load_embeddings, "vectors of yours, see --embeddings", vectors=True),
 }
 
 
@@ -247,14 +264,17 @@ def class_names(dataset: str, list_root: Path) -> tuple[str, ...]:
 def load_splits(
     source: Source, limit: int | None = None, skip_bad_images: bool = False, num_workers: int = 0
 ) -> Splits:
-    """The splits of a data set; with `limit`, that many images of each, evenly spaced so that all classes stay.
+    """The splits of a data set; with `limit`, that many images of each (of embeddings: to train on), evenly spaced so
+    that all classes stay.
 
     Image files are checked before anyone waits for a run: with `skip_bad_images` those that are missing or do not
     decode are left out. Raises InputError if the data is missing or damaged.
     """
     row = DATASETS[source.dataset]
     splits = replace(row.load(source), mirrored=row.mirrored)
-    if limit is not None:
+    if limit is not None and row.vectors:
+        splits = replace(splits, train=_spread(splits.train, limit))
+    elif limit is not None:
         LOG.warning("WARNING: --limit %d: only %d images a split are used. The MAP means nothing.", limit, limit)
         splits = splits.each(lambda images: _spread(images, limit))
     splits = _only_sound(splits, skip_bad_images, num_workers)

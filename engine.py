@@ -18,7 +18,7 @@ from distributed import device_name
 from feature_cache import Computed, Features, test_features
 from loaders import Preprocessing, TwoViews, ViewOptions
 from methods import BACKBONES, METHODS
-from methods.backbones import Backbone, build_backbone, read_state_dict
+from methods.backbones import Backbone, PassThrough, build_backbone, read_state_dict
 from methods.base import Method
 from optimizer import build_optimizer, build_scheduler
 from readers import ImageFiles, Images
@@ -45,6 +45,7 @@ from utils import (
     sha256,
     write_json,
 )
+from vectors import EmbeddingFiles, dimensions
 
 # ---------------------------------------------------------------- what a configuration describes
 
@@ -61,7 +62,8 @@ def build(config: Config) -> tuple[Splits, Method]:
 def build_splits(config: Config) -> Splits:
     """The images of a run. Raises InputError if they are not there or not sound."""
     roots = Path(config.data_root), Path(config.list_root)
-    source = data.Source(config.dataset, config.protocol, config.seed, *roots, config.download_cifar10)
+    what = config.dataset, config.protocol, config.seed
+    source = data.Source(*what, *roots, config.download_cifar10, embedding_files(config))
     splits = data.load_splits(source, config.limit, config.skip_bad_images, config.num_workers)
     sizes = len(splits.train), len(splits.query), len(splits.database)
     LOG.info("%d training images, %d queries, %d in the database", *sizes)
@@ -70,10 +72,19 @@ def build_splits(config: Config) -> Splits:
     return splits
 
 
+def embedding_files(config: Config) -> EmbeddingFiles | None:
+    """The files of embeddings that the flags name."""
+    paths = [config.embeddings, config.embedding_views, config.embedding_labels]
+    return EmbeddingFiles(*(path and Path(path) for path in paths)) if config.embeddings else None
+
+
 def build_method(config: Config) -> Method:
     """The method that the flags describe, on its device; with `--test_only` it is the checkpoint's."""
     weights = "random" if config.test_only else config.weights
-    backbone = build_backbone(config.backbone, weights, config.trainable_layer_num, config.precision == "bf16")
+    if config.embeddings:
+        backbone = PassThrough(dimensions(Path(config.embeddings)))
+    else:
+        backbone = build_backbone(config.backbone, weights, config.trainable_layer_num, config.precision == "bf16")
     method = load_object(METHODS[config.method].build)(backbone, config)
     if config.normalize_features:
         method.normalize_features()
@@ -281,6 +292,7 @@ def run(config: Config, files: Files, log: Path, state: dict | None = None, sign
     with training.stopwatch.measure("test"):
         metrics, codes = evaluation.test(method, features, splits, measured)
     told |= training.summary() | {"model_sha256": digest}
+    told |= evaluation.beside(method, features, splits, codes, measured)
     return report(files, splits.database.labels, metrics, codes, measured.ties, told)
 
 
@@ -315,6 +327,7 @@ def run_test(config: Config, files: Files, log: Path) -> dict:
     with stopwatch.measure("test"):
         metrics, codes = evaluation.test(method, features, splits, measured, codes)
     told |= {"epochs_run": 0, "best_epoch": None, "history": [], "seconds": stopwatch.seconds, "model_sha256": digest}
+    told |= evaluation.beside(method, features, splits, codes, measured)
     return report(files, splits.database.labels, metrics, codes, measured.ties, told)
 
 

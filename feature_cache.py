@@ -46,7 +46,7 @@ class Computed:
         rows = CPU_CHUNK if self.preprocessing.device == "cpu" else TEST_BATCH
         for batch in loaders.test_batches(self.images, self.preprocessing):
             # filled up with its last image: how a layer rounds may depend on the size of the batch
-            fill = batch[-1:].expand(-len(batch) % rows, -1, -1, -1)
+            fill = batch[-1:].expand(-len(batch) % rows, *batch.shape[1:])
             features = self.backbone.prefix(torch.cat([batch, fill]))[: len(batch)]
             most = torch.finfo(torch.float16).max
             yield features.clamp(-most, most).half() if self.backbone.cut else features

@@ -297,7 +297,7 @@ def read_curve(path: Path) -> "np.ndarray":
 
 def database_codes(files: "Files", M: int, K: int) -> "tuple[np.ndarray, np.ndarray]":
     """The database's codes `[n, M]` and labels. Raises InputError if no such codebooks made them."""
-    from results import read_array
+    from readers import read_array
 
     codes, labels = (read_array(files.checkpoints / name) for name in ("db_codes.npy", "db_targets.npy"))
     whole = labels.ndim in (1, 2) and codes.size and codes.shape == (len(labels), M) and codes.dtype.kind in "iu"

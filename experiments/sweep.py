@@ -21,7 +21,8 @@ from config import Config
 from distributed import check_device, use_device
 from experiments.callbacks import CALLBACKS
 from experiments.flags import Trial
-from experiments.view_cache import CachedViews, PassThrough, ViewCache, cache_key, can_cache, views_key
+from experiments.view_cache import CachedViews, ViewCache, cache_key, can_cache, views_key
+from methods.backbones import PassThrough
 from results import Files
 from utils import (
     LOG,

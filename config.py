@@ -75,7 +75,7 @@ FLAGS: dict[str, tuple[Flag, ...]] = {
              "Flickr25K/mirflickr, NUS-WIDE/Flickr", _path, metavar="DIR"),
         Flag("list_root", "data", "place", "folder of the split lists Flickr25k/*.txt and Nuswide/*.txt", _path,
              metavar="DIR"),
-        Flag("embeddings", None, "weights", "of --dataset Embeddings: a .npy file of vectors [n, D], floats; flags about "
+        Flag("embeddings", None, "weights", "of --dataset Embeddings: a .npy file of vectors [n, D], floats; flags of "
              "images do not count then", type=str, metavar="X.npy"),
         Flag("embedding_views", None, "weights", "views of each, floats [n, V, D], from which it learns; without, from "
              "an embedding's nearest neighbours", type=str, metavar="V.npy"),

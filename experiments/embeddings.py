@@ -4,7 +4,7 @@
 python -m experiments.embeddings --datasets CIFAR10-II Digits --bits 32 64 --seeds 2021 2022 2023 FLAGS
 
 FLAGS are main.py's. The vectors are the features of a frozen backbone on CIFAR-10, with those of the augmented images
-of some epochs as views; and the pixels of the digits, with those of shifted digits as views. The head learns without
+of some epochs as views; and the pixels of the digits, with those of slightly turned digits as views. The head learns without
 views too, from nearest neighbours; its last epoch counts, no label is used. Writes embeddings.csv, a row per number,
 and embeddings.md: MAP, and recall of the true nearest neighbour among the first 10; skips what is done.
 """
@@ -54,7 +54,7 @@ def planned(own: Namespace, given: list[str]) -> list[Trial]:
 
 
 def digits(configuration: Config) -> "Splits":
-    """The digits' pixels, `[n, 64]`; views: the nine digits shifted by at most a pixel both ways."""
+    """The digits' pixels, `[n, 64]`; views of those that train: `[n, 2 VIEW_EPOCHS, 64]`."""
     import numpy as np
 
     import engine
@@ -62,11 +62,26 @@ def digits(configuration: Config) -> "Splits":
 
     def vectors(images) -> Vectors:  # noqa: ANN001, readers.Images
         grey = images.pixels[..., 0].astype(np.float32) / 255
-        padded = np.pad(grey, ((0, 0), (1, 1), (1, 1)))
-        views = [padded[:, y : y + 8, x : x + 8].reshape(len(grey), 64) for y in range(3) for x in range(3)]
-        return Vectors(grey.reshape(len(grey), 64), np.arange(len(grey)), images.labels, np.stack(views, axis=1))
+        return Vectors(grey.reshape(len(grey), 64), np.arange(len(grey)), images.labels)
 
-    return engine.build_splits(configuration).each(vectors)
+    splits = engine.build_splits(configuration).each(vectors)
+    views = turned(splits.train.array, configuration.seed)
+    return replace(splits, train=replace(splits.train, views=views))
+
+
+def turned(pixels: "np.ndarray", seed: int) -> "np.ndarray":
+    """Views of digits `[n, 64]`: turned by 10 degrees at most, scaled by a tenth and shifted by half a pixel."""
+    import torch
+    import torch.nn.functional as F
+
+    n, V, generator = len(pixels), 2 * VIEW_EPOCHS, torch.Generator().manual_seed(seed)
+    angle, scale, x, y = 2 * torch.rand(4, n * V, generator=generator) - 1
+    angle, scale, x, y = torch.pi / 18 * angle, 1 + 0.1 * scale, x / 8, y / 8  # an image is 2 wide
+    across = torch.stack([scale * angle.cos(), -scale * angle.sin(), x], dim=-1)
+    down = torch.stack([scale * angle.sin(), scale * angle.cos(), y], dim=-1)
+    images = torch.from_numpy(pixels).view(n, 1, 8, 8).repeat_interleave(V, dim=0)
+    grid = F.affine_grid(torch.stack([across, down], dim=1), images.shape, align_corners=False)
+    return F.grid_sample(images, grid, align_corners=False).view(n, V, 64).numpy()
 
 
 def backbone_features(configuration: Config, shared: "Shared") -> "Splits":

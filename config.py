@@ -81,6 +81,8 @@ FLAGS: dict[str, tuple[Flag, ...]] = {
              "an embedding's nearest neighbours", type=str, metavar="V.npy"),
         Flag("embedding_labels", None, "weights", "labels, for the test alone: ints [n], or zeros and ones [n, L]",
              type=str, metavar="Y.npy"),
+        Flag("images", None, "weights", "folder of the images of --dataset Folder, with all its subfolders", _path,
+             type=str, metavar="DIR"),
         Flag("skip_bad_images", False, "images", "leave out image files that are missing or do not decode, instead of "
              "stopping before the run"),
         Flag("download_cifar10", False, "place", "download CIFAR-10 first if it is not there"),
@@ -322,6 +324,8 @@ def check(values: Mapping[str, Any]) -> None:
         fault = flag.fault(values[name]) if name in values else None
         if fault:
             raise InputError(f"--{name} {values[name]}: {fault}")
+    if DATASETS[values["dataset"]].own != (values["images"] is not None):
+        raise InputError("--dataset Folder and --images DIR go together: give both or none")
     name = values["backbone"]
     backbone = BACKBONES[name]
     if values["trainable_layer_num"] > backbone.trainable:

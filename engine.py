@@ -3,6 +3,8 @@
 import math
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -45,7 +47,7 @@ from utils import (
     sha256,
     write_json,
 )
-from vectors import EmbeddingFiles, dimensions
+from vectors import EmbeddingFiles, Vectors, dimensions
 
 # ---------------------------------------------------------------- what a configuration describes
 
@@ -63,7 +65,8 @@ def build_splits(config: Config) -> Splits:
     """The images of a run. Raises InputError if they are not there or not sound."""
     roots = Path(config.data_root), Path(config.list_root)
     what = config.dataset, config.protocol, config.seed
-    source = data.Source(*what, *roots, config.download_cifar10, embedding_files(config))
+    photos = None if config.images is None else Path(config.images)
+    source = data.Source(*what, *roots, config.download_cifar10, photos, embedding_files(config))
     splits = data.load_splits(source, config.limit, config.skip_bad_images, config.num_workers)
     sizes = len(splits.train), len(splits.query), len(splits.database)
     LOG.info("%d training images, %d queries, %d in the database", *sizes)
@@ -187,12 +190,12 @@ def backward(total: Tensor) -> None:
         raise
 
 
-def train(training: Training, loader: TwoViews, validate: Callable[[], float], model_path: Path) -> None:
+def train(training: Training, loader: TwoViews, validate: Callable[[], float] | None, model_path: Path) -> None:
     """Train with early stopping, from where `training` stands; the best model by validation MAP is left in
     `model_path`, the state after each epoch in `last.cpt`.
 
     Args:
-        validate: gives the MAP that picks the checkpoint, of the method as it stands.
+        validate: gives the MAP that picks the checkpoint, of the method as it stands; None: the last epoch's is kept.
 
     Raises RunError on a non-finite loss, naming epoch, step and the last good checkpoint, and Stopped on a signal.
     """
@@ -216,12 +219,12 @@ def train(training: Training, loader: TwoViews, validate: Callable[[], float], m
                 signals.check()
 
 
-def end_epoch(training: Training, means: dict[str, float], validate: Callable[[], float]) -> None:
+def end_epoch(training: Training, means: dict[str, float], validate: Callable[[], float] | None) -> None:
     """Validate, if it is time to, and step on to the next epoch; the state is saved if that is cheap."""
     epoch, loop, signals = training.epoch, training.loop, training.signals
     last = epoch + 1 == loop.epochs
     entry = {"epoch": epoch} | means
-    if last or (epoch + 1) % loop.eval_interval == 0:
+    if validate and (last or (epoch + 1) % loop.eval_interval == 0):
         try:
             with training.stopwatch.measure("validate"), signals.deferred(False):
                 entry["val_mAP"] = value = validate()
@@ -270,6 +273,7 @@ def run(config: Config, files: Files, log: Path, state: dict | None = None, sign
     loader = build_loader(config, splits)
     training = start(config, method, loader, files.last, fingerprint(splits, method.backbone))
     training.signals, training.check_lock = signals or training.signals, files.check_lock
+    training.validated = splits.validated
     if state:
         training.restore(state)
         LOG.info("going on in epoch %d, with step %d", training.epoch, training.step)
@@ -285,15 +289,29 @@ def run(config: Config, files: Files, log: Path, state: dict | None = None, sign
         files.check_lock()
         save_model(method, files.model)
     measured = evaluation.Measure(config.topK, config.ties)
+    validate = partial(evaluation.validate, method, features, splits, measured) if splits.validated else None
     with nullcontext() if config.disable_writer else Events(files.tensorboard) as training.events:
-        train(training, loader, lambda: evaluation.validate(method, features, splits, measured), files.model)
+        train(training, loader, validate, files.model)
     load_best(training, files.model)
     digest = sha256(files.model)  # before the test: a file may be replaced
     with training.stopwatch.measure("test"):
         metrics, codes = evaluation.test(method, features, splits, measured)
+        told |= unlabelled(config, method, splits, codes)
     told |= training.summary() | {"model_sha256": digest}
     told |= evaluation.beside(method, features, splits, codes, measured)
     return report(files, splits.database.labels, metrics, codes, measured.ties, told)
+
+
+def unlabelled(config: Config, method: Method, splits: Splits, codes: Tensor) -> dict:
+    """What `metrics.json` says of a model that no MAP has picked: what can be measured without labels; of others
+    nothing."""
+    if splits.validated:
+        return {}
+    views = build_loader(config.replace(drop_last=False), replace(splits, train=splits.query))
+    told = evaluation.unlabelled(method, views, codes)
+    if isinstance(splits.query, Vectors) and splits.query.views is None:
+        told["views_found"] = None  # pairs of neighbours are no views
+    return {"unlabelled": told}
 
 
 def load_best(training: Training, path: Path) -> None:
@@ -326,6 +344,7 @@ def run_test(config: Config, files: Files, log: Path) -> dict:
     digest, measured = sha256(checkpoint), evaluation.Measure(config.topK, config.ties)
     with stopwatch.measure("test"):
         metrics, codes = evaluation.test(method, features, splits, measured, codes)
+        told |= unlabelled(config, method, splits, codes)
     told |= {"epochs_run": 0, "best_epoch": None, "history": [], "seconds": stopwatch.seconds, "model_sha256": digest}
     told |= evaluation.beside(method, features, splits, codes, measured)
     return report(files, splits.database.labels, metrics, codes, measured.ties, told)

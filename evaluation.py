@@ -13,8 +13,9 @@ from torch import Tensor
 import retrieval
 from data import Splits
 from feature_cache import Computed, Features
-from loaders import Preprocessing
+from loaders import Preprocessing, TwoViews
 from methods.base import Method
+from methods.mecoq import used_codewords
 from readers import ImageFiles, Images
 from results import read_codes
 from retrieval import Measure, Metrics
@@ -22,6 +23,8 @@ from utils import LOG, InputError, NonFiniteError, progress_bar
 from vectors import Vectors
 
 COMPARED = 100_000  # embeddings of the database, at most, on which other quantizers are tried
+
+RANKED_AT_ONCE = 128  # queries
 
 
 @torch.inference_mode()
@@ -80,17 +83,53 @@ def validate(method: Method, features: dict[str, Features], splits: Splits, meas
 
 def test(
     method: Method, features: dict[str, Features], splits: Splits, measured: Measure, codes: Tensor | None = None
-) -> tuple[Metrics, Tensor]:
+) -> tuple[Metrics | None, Tensor]:
     """Encode queries and database (or take `codes` for it), rank, measure. Returns the metrics, with MAP@K by ties, and
-    the database's codes `[n, M]`."""
+    the database's codes `[n, M]`; without labels there are no metrics."""
     if codes is None:
         codes = encode_database(method, features["database"])
+    if not splits.labelled:
+        return None, codes
     queries = encode_queries(method, features["query"])
     metric = partial(retrieval.evaluate, topK=measured.topK)
     return measure(metric, method, queries, codes, [splits.query.labels, splits.database.labels]), codes
 
 
 test.__test__ = False  # not a pytest function
+
+
+@torch.inference_mode()
+def unlabelled(method: Method, views: TwoViews, codes: Tensor) -> dict[str, float | None]:
+    """What can be measured without labels:
+
+    `codewords_used` and `perplexity`: evenness of the use of codewords by the database's codes, shares, see
+    `used_codewords`. `quantization_error`: the method's, of all views; None if it has none. `views_found`: the share of
+    held-back images of which one view, as a query, finds the code of the other view before those of all other images'
+    views; of k codes that score as the right one does, each is the first with probability 1 / k.
+
+    Args:
+        views: two random views of the held-back images, in batches.
+        codes: of the database, `[n, M]`.
+    """
+    method.eval()
+    views.set_epoch(0)
+    z = [method(batch) for batch in progress_bar(views, "encode views")]
+    first, second = (torch.cat(parts) for parts in zip(*(batch.chunk(2) for batch in z), strict=True))
+    error = method.quantization_error(torch.cat([first, second]))
+    queries, others = method.query(first), method.codes(second)
+    found = 0.0
+    for start in range(0, len(queries), RANKED_AT_ONCE):
+        scores = retrieval.aqs_scores(method.tables(queries[start : start + RANKED_AT_ONCE]), others)
+        own = scores.diagonal(start)[:, None]
+        equal = (scores == own).sum(dim=1)
+        found += float(((scores > own).sum(dim=1).eq(0) / equal).sum())
+    used, perplexity = used_codewords(codes.cpu(), method.K)
+    return {
+        "codewords_used": used,
+        "perplexity": perplexity,
+        "quantization_error": None if error is None else float(error),
+        "views_found": found / len(queries),
+    }
 
 
 def saved_codes(path: Path, method: Method, images: Images | ImageFiles, how: Preprocessing) -> Tensor:

@@ -21,6 +21,7 @@ from torch import Tensor
 
 import loaders
 import transforms
+from decoding import opencv
 from distributed import CPU_CHUNK, processor_name
 from loaders import TEST_BATCH, Preprocessing
 from methods.backbones import Backbone
@@ -115,7 +116,11 @@ def cache_key(
         images: some of them: what they are like, and their folder.
         names: identities of all of them, sorted, so that a list of images has an order that no split knows of.
     """
-    if images.on_disk:
+    versions = [torch.__version__, torchvision.__version__, PIL.__version__]
+    if images.on_disk and images.upright:
+        transform = f"{transforms.PHOTO_TRANSFORM}" + "; normalised" * preprocessing.normalized
+        versions.append(opencv().__version__)
+    elif images.on_disk:
         transform = repr(transforms.photo_transform(preprocessing.image_size, preprocessing.normalized))
     else:
         transform = f"{images.pixels.shape[1:]} enlarged" + " and normalised" * preprocessing.normalized
@@ -137,7 +142,7 @@ def cache_key(
         "bf16": backbone.bf16,
         "compiled": backbone.compiled is not None,
         "device": processor_name(preprocessing.device),
-        "versions": [torch.__version__, torchvision.__version__, PIL.__version__],
+        "versions": versions,
         "flags": flags,
     }
 

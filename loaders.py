@@ -243,7 +243,7 @@ def spq_loader(
 class Photos(Dataset):
     """index -> the image as test images are seen, `[3, S, S]` float32."""
 
-    def __init__(self, images: ImageFiles, transform: T.Compose) -> None:
+    def __init__(self, images: ImageFiles, transform: Callable[..., Tensor]) -> None:
         self.images, self.transform = images, transform
 
     def __len__(self) -> int:
@@ -253,19 +253,31 @@ class Photos(Dataset):
         return self.transform(self.images.picture(index))
 
 
+class UprightPhotos(Photos):
+    """index -> a user's own image, `[3, S, S]` uint8; `transform`: of an `UprightImage`."""
+
+    def __getitem__(self, index: int) -> Tensor:
+        with self.images.opened(index) as image:
+            return self.transform(image)
+
+
 def test_batches(images: Images | ImageFiles | Vectors, preprocessing: Preprocessing) -> Iterator[Tensor]:
     """Test images in their order, in batches `[B, 3, S, S]` of at most `TEST_BATCH`, on the device.
 
-    Those on disk go through `photo_transform` in workers; those in memory are square and resized on the device. Vectors
-    stay as they are, `[B, D]`.
+    Those on disk go through `photo_transform` in workers, a user's own through `photo_pixels`; those in memory are
+    square and resized on the device. Vectors stay as they are, `[B, D]`.
     """
     S, device, normalized = preprocessing.image_size, preprocessing.device, preprocessing.normalized
+    options = _loader_options(device, preprocessing.num_workers)
     if isinstance(images, Vectors):
         for start in range(0, len(images), TEST_BATCH):
             yield torch.from_numpy(images.read(slice(start, start + TEST_BATCH))).to(device)
+    elif images.on_disk and images.upright:
+        photos = UprightPhotos(images, partial(transforms.photo_pixels, image_size=S))
+        for batch in DataLoader(photos, batch_size=TEST_BATCH, **options):
+            yield transforms.from_bytes(batch.to(device, non_blocking=True).float(), normalized)
     elif images.on_disk:
         photos = Photos(images, transforms.photo_transform(S, normalized))
-        options = _loader_options(device, preprocessing.num_workers)
         for batch in DataLoader(photos, batch_size=TEST_BATCH, **options):
             yield batch.to(device, non_blocking=True)
     else:

@@ -104,32 +104,44 @@ def save_model(model: nn.Module, path: Path) -> None:
     write_tensors({name: tensor.cpu() for name, tensor in model.state_dict().items()}, path)
 
 
-def save_results(metrics: Metrics, db_codes: Tensor, db_labels: np.ndarray, folder: Path) -> None:
-    """`db_codes.npy` (uint8, or uint16 for K > 256), `db_targets.npy` and the two curves, two rows each."""
+def save_results(metrics: Metrics | None, db_codes: Tensor, db_labels: np.ndarray, folder: Path) -> None:
+    """`db_codes.npy` (uint8, or uint16 for K > 256) and, if there are labels, `db_targets.npy` and the two curves, two
+    rows each."""
     codes = db_codes.numpy().astype(np.uint8 if db_codes.dtype == torch.uint8 else np.uint16)
-    for name, array in (("db_codes.npy", codes), ("db_targets.npy", db_labels)):
+    arrays = {"db_codes.npy": codes} | ({"db_targets.npy": db_labels} if metrics else {})
+    for name, array in arrays.items():
         with atomic_write(folder / name) as file:
             np.save(file, array, allow_pickle=False)
-    for name, curve in (("PR_curve.txt", metrics.pr), ("P_at_topK_curve.txt", metrics.p_at_k)):
+    curves = {"PR_curve.txt": metrics.pr, "P_at_topK_curve.txt": metrics.p_at_k} if metrics else {}
+    for name, curve in curves.items():
         with atomic_write(folder / name) as file:
             np.savetxt(file, curve.numpy())
 
 
-def report(files: Files, db_labels: np.ndarray, metrics: Metrics, db_codes: Tensor, ties: str, told: dict) -> dict:
+def report(
+    files: Files, db_labels: np.ndarray, metrics: Metrics | None, db_codes: Tensor, ties: str, told: dict
+) -> dict:
     """Log and write every result of a test. Returns what went into `metrics.json`.
 
     Args:
+        metrics: None: there are no labels.
         ties: which of `metrics.map_by_ties` is the run's MAP.
         told: what else goes into `metrics.json`; its `config` names the device.
     """
-    LOG.info("test mAP=%.6f", metrics.map_by_ties[ties])
-    precisions = metrics.p_at_k[1].tolist()
-    ranks = [rank for rank in (1, 10, 100, 1000, 5000) if rank <= len(precisions)]
-    LOG.info("test %s", ", ".join(f"P@{rank}={precisions[rank - 1]:.6f}" for rank in ranks))
+    maps = None
+    if metrics:
+        maps = metrics.map_by_ties
+        LOG.info("test mAP=%.6f", maps[ties])
+        precisions = metrics.p_at_k[1].tolist()
+        ranks = [rank for rank in (1, 10, 100, 1000, 5000) if rank <= len(precisions)]
+        LOG.info("test %s", ", ".join(f"P@{rank}={precisions[rank - 1]:.6f}" for rank in ranks))
+    if "unlabelled" in told:
+        measured = {name: value for name, value in told["unlabelled"].items() if value is not None}
+        LOG.info("test without labels: %s", ", ".join(f"{name}={value:.4f}" for name, value in measured.items()))
     files.check_lock()
     save_results(metrics, db_codes.cpu(), db_labels, files.checkpoints)
     where = {"peak_memory_mb": peak_memory(told["config"]["device"]), "versions": versions()}
-    results = {"map": metrics.map_by_ties[ties], "map_by_ties": metrics.map_by_ties} | told | where
+    results = {"map": maps and maps[ties], "map_by_ties": maps} | told | where
     write_json(files.metrics, results)
     return results
 
@@ -234,7 +246,7 @@ def take_place(files: Files, log: Path, state: dict | None) -> None:
 
 EPOCH_LINE = re.compile(r" - epoch (\d+): avg loss=")
 OF_EPOCH = re.compile(r" - (epoch \d+: avg loss=|val mAP=|early stop: )")
-OF_TEST = re.compile(r" - (test (mAP=|P@)|beside it: )")
+OF_TEST = re.compile(r" - (test (mAP=|P@|without labels: )|beside it: )")
 
 
 def _log_before(path: Path, epoch: int) -> list[str]:
@@ -276,10 +288,11 @@ def _cut_events(files: Files, epoch: int, step: int) -> None:
 
 
 def read_metrics(path: Path) -> dict:
-    """A run's `metrics.json`. Raises InputError if it is none."""
+    """A run's `metrics.json`; its `map` is None if there were no labels. Raises InputError if it is none."""
     try:
         metrics = json.loads(path.read_text(encoding="utf-8"))
-        if isinstance(metrics["config"], dict) and isinstance(metrics["map"], float):
+        measured = metrics["unlabelled"] if metrics["map"] is None else metrics["map"]
+        if isinstance(metrics["config"], dict) and isinstance(measured, float | dict):
             if "map_by_ties" not in metrics:  # of a version that knew no other order
                 metrics["config"]["ties"] = "database"
             return metrics

@@ -17,7 +17,6 @@ if TYPE_CHECKING:
     import torch
 
 FEWEST = 20  # embeddings: two queries, and enough others to learn from
-MOST_QUERIES = 1000
 NEIGHBOURS = 10  # of an item, one of which is its positive in an epoch
 BLOCK = 2**22  # numbers read at a time
 LARGEST = 1e15  # so that squares and their sums stay finite
@@ -138,13 +137,6 @@ def read_labels(path: Path, n: int) -> np.ndarray:
     if labels.ndim == 2 and not np.isin(labels, (0, 1)).all():
         raise InputError(f"--embedding_labels: {path} has rows of other numbers than 0 and 1")
     return np.array(labels, dtype=np.int64 if labels.ndim == 1 else np.uint8)
-
-
-def split_rows(n: int, seed: int) -> dict[str, np.ndarray]:
-    """A tenth of n rows, 1,000 at most, are queries; the others train and are searched. Both in the files' order."""
-    order = np.random.RandomState(seed).permutation(n)
-    queries, others = np.split(order, [min(n // 10, MOST_QUERIES)])
-    return {"query": np.sort(queries), "train": np.sort(others), "database": np.sort(others)}
 
 
 def resolve_flags(values: dict, backbone: str) -> None:

@@ -4,9 +4,9 @@
 python -m experiments.embeddings --datasets CIFAR10-II Digits --bits 32 64 --seeds 2021 2022 2023 FLAGS
 
 FLAGS are main.py's. The vectors are the features of a frozen backbone on CIFAR-10, with those of the augmented images
-of some epochs as views; and the pixels of the digits, with those of slightly turned digits as views. The head learns without
-views too, from nearest neighbours; its last epoch counts, no label is used. Writes embeddings.csv, a row per number,
-and embeddings.md: MAP, and recall of the true nearest neighbour among the first 10; skips what is done.
+of some epochs as views; and the pixels of the digits, with those of slightly turned digits as views. The head
+learns without views too, from nearest neighbours; its last epoch counts, no label is used. Writes embeddings.csv, a row
+per number, and embeddings.md: MAP, and recall of the true nearest neighbour among the first 10; skips what is done.
 """
 
 import sys

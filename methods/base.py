@@ -113,6 +113,9 @@ class Method(nn.Module):
         code selects, larger is nearer."""
         raise NotImplementedError
 
+    def quantization_error(self, z: Tensor) -> Tensor | None:
+        """The mean squared difference of embeddings `[B, D]` and what they are quantized to; None if nothing is."""
+
     # ------------------------------------------------------------ checkpoints
 
     def check_state(self, state: dict[str, Tensor], path: Path) -> None:

@@ -11,7 +11,7 @@ Rule = Callable[[object], str | None]  # a value -> what is wrong with it
 # What a flag can change, from which the keys of resumed runs, sweeps and caches are taken:
 #   images    the images and labels of a run           features  what the frozen layers make of a test image
 #   views     the augmented views                      result    anything else that comes out
-#   weights   results, by a file whose content is compared instead of its name
+#   weights   results, by a file or folder whose content is compared instead of its name
 #   speed     how fast or safely a run goes; rounding    place     where it reads and writes
 #   action    what is done with a run, not what it is
 AFFECTS = ("images", "features", "views", "result", "weights", "speed", "place", "action")

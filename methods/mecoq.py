@@ -260,6 +260,9 @@ class MeCoQ(Method):
             return retrieval.symmetric_tables(queries, codewords)
         return retrieval.lookup_tables(queries, codewords, self.search.normalize_query)
 
+    def quantization_error(self, z: Tensor) -> Tensor:
+        return loss.quantization_error(self.quantizer.segments(z), self.quantizer(z)[1])
+
     def check_state(self, state: dict[str, Tensor], path: Path) -> None:
         codebooks = state.get("quantizer.codebooks")
         if codebooks is None or codebooks.dim() != 3:

@@ -114,7 +114,7 @@ OWN_CHANGES = {
 }  # fmt: skip
 # what has a test of its own: other images, a download, a device, a compiler, a test without a training, no run at all
 ELSEWHERE = {"method", "dataset", "protocol", "skip_bad_images", "download_cifar10", "device", "compile", "test_only",
-             "checkpoint", "vgg_model_path", "dry_run"}  # fmt: skip
+             "checkpoint", "vgg_model_path", "dry_run", "images"}  # fmt: skip
 
 
 def test_every_flag_is_tried():

@@ -19,6 +19,7 @@ from readers import (
     read_nuswide,
 )
 from utils import LOG, InputError, worker_count
+from vectors import EmbeddingFiles, Vectors, read_embeddings
 
 NOT_COMPARABLE = "Results are not comparable with published ones."
 NAMED = 20  # bad images in a warning
@@ -30,7 +31,7 @@ CIFAR10_CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog
 @dataclass(frozen=True)
 class Source:
     """What to load: `data_root` holds the images, `list_root` the split lists. `download`: fetch CIFAR-10 if it is not
-    there. `photos`: the folder of a user's own images."""
+    there. `photos`: the folder of a user's own images; `embeddings`: the files of a user's own embeddings."""
 
     dataset: str
     protocol: str
@@ -39,6 +40,7 @@ class Source:
     list_root: Path
     download: bool = False
     photos: Path | None = None
+    embeddings: EmbeddingFiles | None = None
 
 
 @dataclass(frozen=True)
@@ -49,9 +51,9 @@ class Splits:
     labels are zeros that say nothing, so that there is no MAP. `keeps_last`: whether labels are of the test alone, and
     the last epoch's model is kept. `classes`: names of the labels, if the images themselves tell them."""
 
-    train: Images | ImageFiles
-    query: Images | ImageFiles
-    database: Images | ImageFiles
+    train: Images | ImageFiles | Vectors
+    query: Images | ImageFiles | Vectors
+    database: Images | ImageFiles | Vectors
     mirrored: bool = True
     canonical: bool = True
     validation: Images | ImageFiles | None = None
@@ -86,7 +88,8 @@ class Dataset:
 
     `classes`: names of the labels, if they do not stand in `concepts.txt` beside the lists. `mirrored`: see `Splits`.
     `protocols`: whether there are several. `lists`: folder of the split lists below `list_root`. `own`: whether they
-    are a user's own images, of which those that cannot be used are left out.
+    are a user's own images, of which those that cannot be used are left out. `vectors`: whether it has embeddings
+    instead of images, all of which have a code even if --limit leaves few to train on.
     """
 
     load: Callable[[Source], Splits]
@@ -96,6 +99,7 @@ class Dataset:
     protocols: bool = False
     lists: str = ""
     own: bool = False
+    vectors: bool = False
 
 
 # ---------------------------------------------------------------- protocols
@@ -235,7 +239,8 @@ def load_nuswide(source: Source) -> Splits:
 
 
 def folder_indices(n: int, seed: int) -> dict[str, np.ndarray]:
-    """The splits of a user's n images: a tenth, at most 1,000, are queries; the others train and are the database."""
+    """The splits of a user's n images or embeddings: a tenth, at most 1,000, are queries; the others train and are the
+    database."""
     order = np.random.RandomState(seed).permutation(n)
     queries = np.sort(order[: min(n // 10, 1000)])
     rest = np.setdiff1d(np.arange(n), queries)
@@ -272,6 +277,15 @@ def load_folder(source: Source) -> Splits:
     return Splits(**parts, labelled=bool(classes), keeps_last=True, classes=tuple(map(shown_name, classes)))
 
 
+def load_embeddings(source: Source) -> Splits:
+    """A user's own embeddings. Raises InputError if no file is named, or one is missing or wrong."""
+    if source.embeddings is None:
+        raise InputError("--dataset Embeddings: name them, with --embeddings X.npy")
+    items = read_embeddings(source.embeddings)
+    parts = {name: items.subset(part) for name, part in folder_indices(len(items), source.seed).items()}
+    return Splits(**parts, labelled=source.embeddings.labels is not None, keeps_last=True)
+
+
 DATASETS = {
     "CIFAR10": Dataset(load_cifar10, "60,000 images of 10 classes", classes=CIFAR10_CLASSES, protocols=True),
     "Flickr25K": Dataset(load_flickr25k, "25,000 photos with 24 labels", lists="Flickr25k"),
@@ -280,6 +294,7 @@ DATASETS = {
         load_digits, "1,797 handwritten digits, nothing to download", classes=tuple("0123456789"), mirrored=False
     ),
     "Folder": Dataset(load_folder, "your own images, those of --images", own=True),
+    "Embeddings": Dataset(load_embeddings, "vectors of yours, see --embeddings", vectors=True),
 }
 
 
@@ -299,14 +314,17 @@ def class_names(dataset: str, list_root: Path) -> tuple[str, ...]:
 def load_splits(
     source: Source, limit: int | None = None, skip_bad_images: bool = False, num_workers: int = 0
 ) -> Splits:
-    """The splits of a data set; with `limit`, that many images of each, evenly spaced so that all classes stay.
+    """The splits of a data set; with `limit`, that many images of each (of embeddings: to train on), evenly spaced so
+    that all classes stay.
 
     Image files are checked before anyone waits for a run: with `skip_bad_images`, and always if they are a user's own,
     those that are missing or do not decode are left out. Raises InputError if the data is missing or damaged.
     """
     row = DATASETS[source.dataset]
     splits = replace(row.load(source), mirrored=row.mirrored)
-    if limit is not None:
+    if limit is not None and row.vectors:
+        splits = replace(splits, train=_spread(splits.train, limit))
+    elif limit is not None:
         LOG.warning("WARNING: --limit %d: only %d images a split are used. The MAP means nothing.", limit, limit)
         splits = splits.each(lambda images: _spread(images, limit))
     splits = _only_sound(splits, row.own, skip_bad_images, num_workers)

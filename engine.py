@@ -20,7 +20,7 @@ from distributed import device_name
 from feature_cache import Computed, Features, test_features
 from loaders import Preprocessing, TwoViews, ViewOptions
 from methods import BACKBONES, METHODS
-from methods.backbones import Backbone, build_backbone, read_state_dict
+from methods.backbones import Backbone, PassThrough, build_backbone, read_state_dict
 from methods.base import Method
 from optimizer import build_optimizer, build_scheduler
 from readers import ImageFiles, Images
@@ -47,6 +47,7 @@ from utils import (
     sha256,
     write_json,
 )
+from vectors import EmbeddingFiles, Vectors, dimensions
 
 # ---------------------------------------------------------------- what a configuration describes
 
@@ -63,8 +64,9 @@ def build(config: Config) -> tuple[Splits, Method]:
 def build_splits(config: Config) -> Splits:
     """The images of a run. Raises InputError if they are not there or not sound."""
     roots = Path(config.data_root), Path(config.list_root)
+    what = config.dataset, config.protocol, config.seed
     photos = None if config.images is None else Path(config.images)
-    source = data.Source(config.dataset, config.protocol, config.seed, *roots, config.download_cifar10, photos)
+    source = data.Source(*what, *roots, config.download_cifar10, photos, embedding_files(config))
     splits = data.load_splits(source, config.limit, config.skip_bad_images, config.num_workers)
     sizes = len(splits.train), len(splits.query), len(splits.database)
     LOG.info("%d training images, %d queries, %d in the database", *sizes)
@@ -73,11 +75,22 @@ def build_splits(config: Config) -> Splits:
     return splits
 
 
+def embedding_files(config: Config) -> EmbeddingFiles | None:
+    """The files of embeddings that the flags name."""
+    paths = [config.embeddings, config.embedding_views, config.embedding_labels]
+    return EmbeddingFiles(*(path and Path(path) for path in paths)) if config.embeddings else None
+
+
 def build_method(config: Config) -> Method:
     """The method that the flags describe, on its device; with `--test_only` it is the checkpoint's."""
     weights = "random" if config.test_only else config.weights
-    backbone = build_backbone(config.backbone, weights, config.trainable_layer_num, config.precision == "bf16")
+    if config.embeddings:
+        backbone = PassThrough(dimensions(Path(config.embeddings)))
+    else:
+        backbone = build_backbone(config.backbone, weights, config.trainable_layer_num, config.precision == "bf16")
     method = load_object(METHODS[config.method].build)(backbone, config)
+    if config.normalize_features:
+        method.normalize_features()
     if config.test_only:
         method.load_checkpoint(Path(config.checkpoint))
     method = method.to(config.device)
@@ -265,7 +278,9 @@ def run(config: Config, files: Files, log: Path, state: dict | None = None, sign
         training.restore(state)
         LOG.info("going on in epoch %d, with step %d", training.epoch, training.step)
     with training.stopwatch.measure("features"):
-        features = build_features(config, method.backbone, splits.tested)
+        features = build_features(config, method.backbone, splits.all if config.normalize_features else splits.tested)
+        if config.normalize_features and not state:
+            method.centre_features(features["train"])
     take_place(files, log, state)
     write_json(files.checkpoints / "config.json", recorded(config))
     if not state:
@@ -283,6 +298,7 @@ def run(config: Config, files: Files, log: Path, state: dict | None = None, sign
         metrics, codes = evaluation.test(method, features, splits, measured)
         told |= unlabelled(config, method, splits, codes)
     told |= training.summary() | {"model_sha256": digest}
+    told |= evaluation.beside(method, features, splits, codes, measured)
     return report(files, splits.database.labels, metrics, codes, measured.ties, told)
 
 
@@ -292,7 +308,10 @@ def unlabelled(config: Config, method: Method, splits: Splits, codes: Tensor) ->
     if splits.validated:
         return {}
     views = build_loader(config.replace(drop_last=False), replace(splits, train=splits.query))
-    return {"unlabelled": evaluation.unlabelled(method, views, codes)}
+    told = evaluation.unlabelled(method, views, codes)
+    if isinstance(splits.query, Vectors) and splits.query.views is None:
+        told["views_found"] = None  # pairs of neighbours are no views
+    return {"unlabelled": told}
 
 
 def load_best(training: Training, path: Path) -> None:
@@ -327,6 +346,7 @@ def run_test(config: Config, files: Files, log: Path) -> dict:
         metrics, codes = evaluation.test(method, features, splits, measured, codes)
         told |= unlabelled(config, method, splits, codes)
     told |= {"epochs_run": 0, "best_epoch": None, "history": [], "seconds": stopwatch.seconds, "model_sha256": digest}
+    told |= evaluation.beside(method, features, splits, codes, measured)
     return report(files, splits.database.labels, metrics, codes, measured.ties, told)
 
 

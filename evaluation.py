@@ -1,5 +1,7 @@
 """Encoding with a method, validation and test."""
 
+import importlib.util
+import math
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
@@ -18,6 +20,9 @@ from readers import ImageFiles, Images
 from results import read_codes
 from retrieval import Measure, Metrics
 from utils import LOG, InputError, NonFiniteError, progress_bar
+from vectors import Vectors
+
+COMPARED = 100_000  # embeddings of the database, at most, on which other quantizers are tried
 
 RANKED_AT_ONCE = 128  # queries
 
@@ -141,3 +146,36 @@ def saved_codes(path: Path, method: Method, images: Images | ImageFiles, how: Pr
         )
     LOG.info("database codes from %s (of %d images encoded anew, %.1f%% agree)", file, len(probe), 100 * agree)
     return torch.from_numpy(codes.astype(np.uint8 if method.K <= 256 else np.int32))
+
+
+@torch.inference_mode()
+def beside(
+    method: Method, features: dict[str, Features], splits: Splits, codes: Tensor, measured: Measure
+) -> dict[str, dict]:
+    """faiss's quantizers of as many bytes beside the codes `[n, M]` of a run on embeddings: logged, and as
+    `metrics.json` has them; empty if the run has images, faiss is not installed, or there is too little to learn from.
+    """
+    if not isinstance(splits.database, Vectors):
+        return {}
+    if importlib.util.find_spec("faiss") is None:
+        LOG.info("beside it: nothing, PQ and OPQ need faiss (pip install -r requirements-extra.txt)")
+        return {}
+    import quantizers
+
+    if len(splits.train) < quantizers.FEWEST_TRAINED:
+        LOG.info("beside it: nothing, PQ and OPQ need %d embeddings to learn from", quantizers.FEWEST_TRAINED)
+        return {}
+    n = len(splits.database)
+    chosen = np.linspace(0, n, min(n, COMPARED), endpoint=False).astype(int)
+    parts = splits.all | {"database": splits.database.subset(chosen)}
+    queries = encode_queries(method, features["query"])
+    ours = quantizers.by_codes(method.tables, queries, codes.to(queries.device)[torch.from_numpy(chosen)])
+    labels = [torch.from_numpy(parts[name].labels) for name in ("query", "database")] if splits.labelled else None
+    bits = 8 * math.ceil(method.M * math.log2(method.K) / 8)
+    rows = quantizers.compare({"this run": ours}, parts, bits, labels, measured)
+    LOG.info("beside it: %d-bit codes of faiss, on %d embeddings of the database", bits, len(chosen))
+    for name, row in rows.items():
+        value = "" if row["map"] is None else f"mAP={row['map']:.6f}, "
+        LOG.info("beside it: %s: %srecall of the nearest embedding @10=%.6f", name, value, row["recall"])
+    LOG.info("beside it: %s", quantizers.advice(rows, "this run"))
+    return {"beside": {"database": len(chosen), "bits": bits, "rows": rows}}

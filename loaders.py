@@ -17,6 +17,7 @@ from data import Splits
 from distributed import by_chunks
 from readers import ImageFiles, Images
 from utils import InputError, leave_signals, sample_seed, worker_count
+from vectors import VectorPairs, Vectors
 
 TEST_BATCH = 128  # images, whatever --batch_size: rounding must not depend on it
 
@@ -192,8 +193,8 @@ class TwoViews:
 
 
 def train_loader(splits: Splits, options: ViewOptions, device: str, num_workers: int) -> TwoViews:
-    """Both views of the training images, in batches. Images in memory need no workers if views are batched. Raises
-    InputError if there is no batch."""
+    """Both views of the training images, or pairs of vectors `[2N, D]`, in batches. Images in memory need no workers if
+    views are batched. Raises InputError if there is no batch."""
     images, S, normalized = splits.train, options.image_size, options.normalized
     batches = ShuffledBatches(len(images), options.batch_size, options.seed, options.drop_last)
     if len(batches) == 0:
@@ -201,6 +202,8 @@ def train_loader(splits: Splits, options: ViewOptions, device: str, num_workers:
             f"{len(images)} training images make no whole batch of {options.batch_size}, and smaller ones are left "
             "out: choose a smaller --batch_size, or --no-drop_last"
         )
+    if isinstance(images, Vectors):
+        return TwoViews(VectorPairs(images, batches, device), batches, lambda pair: pair, device)
     if options.augmentation != "MeCoQ":
         return spq_loader(splits, options, batches, device, num_workers)
     if options.kind == "batched" and not images.on_disk:
@@ -258,15 +261,18 @@ class UprightPhotos(Photos):
             return self.transform(image)
 
 
-def test_batches(images: Images | ImageFiles, preprocessing: Preprocessing) -> Iterator[Tensor]:
+def test_batches(images: Images | ImageFiles | Vectors, preprocessing: Preprocessing) -> Iterator[Tensor]:
     """Test images in their order, in batches `[B, 3, S, S]` of at most `TEST_BATCH`, on the device.
 
     Those on disk go through `photo_transform` in workers, a user's own through `photo_pixels`; those in memory are
-    square and resized on the device.
+    square and resized on the device. Vectors stay as they are, `[B, D]`.
     """
     S, device, normalized = preprocessing.image_size, preprocessing.device, preprocessing.normalized
     options = _loader_options(device, preprocessing.num_workers)
-    if images.on_disk and images.upright:
+    if isinstance(images, Vectors):
+        for start in range(0, len(images), TEST_BATCH):
+            yield torch.from_numpy(images.read(slice(start, start + TEST_BATCH))).to(device)
+    elif images.on_disk and images.upright:
         photos = UprightPhotos(images, partial(transforms.photo_pixels, image_size=S))
         for batch in DataLoader(photos, batch_size=TEST_BATCH, **options):
             yield transforms.from_bytes(batch.to(device, non_blocking=True).float(), normalized)

@@ -4,6 +4,7 @@ import hashlib
 import json
 import pickle
 import re
+import tokenize
 import zipfile
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -161,6 +162,20 @@ def _mapping(workers: int) -> Iterator[Callable]:
         yield pool.map
     finally:
         pool.shutdown(cancel_futures=True)
+
+
+# ---------------------------------------------------------------- arrays
+
+
+def read_array(path: Path, mmap_mode: str | None = None, advice: str = "move it away") -> np.ndarray:
+    """The array in a .npy file. Raises InputError if there is none."""
+    try:
+        array = np.load(path, mmap_mode, allow_pickle=False)
+    except (OSError, ValueError, EOFError, MemoryError, SyntaxError, tokenize.TokenError, zipfile.BadZipFile) as error:
+        raise InputError(f"{path} is not a readable .npy file ({one_line(error)[:200]}): {advice}") from error
+    if not isinstance(array, np.ndarray):
+        raise InputError(f"{path} is not a .npy file but an archive of them: {advice}")
+    return array
 
 
 # ---------------------------------------------------------------- CIFAR-10

@@ -9,8 +9,6 @@ import subprocess
 import sys
 import threading
 import time
-import tokenize
-import zipfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -25,6 +23,7 @@ from tensorboard.summary.writer.event_file_writer import EventFileWriter, _Async
 from torch import Tensor, nn
 from torch.utils.tensorboard import SummaryWriter
 
+from readers import read_array
 from retrieval import Metrics
 from utils import LOG, InputError, atomic_write, one_line, sha256, write_json, write_tensors
 
@@ -247,7 +246,7 @@ def take_place(files: Files, log: Path, state: dict | None) -> None:
 
 EPOCH_LINE = re.compile(r" - epoch (\d+): avg loss=")
 OF_EPOCH = re.compile(r" - (epoch \d+: avg loss=|val mAP=|early stop: )")
-OF_TEST = re.compile(r" - test (mAP=|P@|without labels: )")
+OF_TEST = re.compile(r" - (test (mAP=|P@|without labels: )|beside it: )")
 
 
 def _log_before(path: Path, epoch: int) -> list[str]:
@@ -286,17 +285,6 @@ def _cut_events(files: Files, epoch: int, step: int) -> None:
 
 
 # ---------------------------------------------------------------- reading
-
-
-def read_array(path: Path, mmap_mode: str | None = None) -> np.ndarray:
-    """The array in a .npy file. Raises InputError if there is none."""
-    try:
-        array = np.load(path, mmap_mode, allow_pickle=False)
-    except (OSError, ValueError, EOFError, MemoryError, SyntaxError, tokenize.TokenError, zipfile.BadZipFile) as error:
-        raise InputError(f"{path} is not a readable .npy file ({one_line(error)[:200]}): move it away") from error
-    if not isinstance(array, np.ndarray):
-        raise InputError(f"{path} is not a .npy file but an archive of them: move it away")
-    return array
 
 
 def read_metrics(path: Path) -> dict:

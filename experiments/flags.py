@@ -23,7 +23,7 @@ NAMES = {
     for (dataset, protocol), (_, long) in published.NAMES.items()
 } | {f"CIFAR10-{name}": ["--dataset", "CIFAR10", "--protocol", name] for name in ("official", "CIBHash")}
 NAMES |= {name: ["--dataset", name] for name, row in DATASETS.items()
-          if name not in {dataset for dataset, _ in published.NAMES} and not row.own}  # fmt: skip
+          if name not in {dataset for dataset, _ in published.NAMES} and not (row.own or row.vectors)}  # fmt: skip
 SHORT = {long: short for short, long in published.NAMES.values()}
 REFUSED = ("test_only", "resume", "overwrite", "notes", "output", "symmetric_distance")  # a sweep makes many runs
 # what --datasets, --bits and --seeds say

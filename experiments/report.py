@@ -233,7 +233,7 @@ def described(metrics: dict, configuration: Config) -> str:
 
 def database_codes(files: "Files", configuration: Config, labelled: bool) -> "tuple[np.ndarray, np.ndarray | None]":
     """The database's codes `[n, M]` and labels, if there are any. Raises InputError if no such codebooks made them."""
-    from results import read_array
+    from readers import read_array
 
     M, K = config.code_shape(vars(configuration))
     codes = read_array(files.checkpoints / "db_codes.npy")

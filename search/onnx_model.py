@@ -1,0 +1,105 @@
+"""A run's model as an ONNX graph, for programs without PyTorch: bytes of images in, query vectors and features out."""
+
+import warnings
+
+import numpy as np
+import onnx
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from methods.base import Method
+from transforms import IMAGENET_MEAN, IMAGENET_STD
+from utils import RunError, one_line
+
+TOLERANCE = 1e-3  # largest difference between ONNX Runtime and PyTorch, as a share of the largest number
+TESTED = (1, 3)  # images in the batches that are compared
+
+
+class QueryGraph(nn.Module):
+    """Images `[n, 3, S, S]` uint8 -> vectors `[n, M d]`, what queries are searched with, and features `[n, F]` of the
+    backbone, of unit length, for reranking; both float32, computed in float32.
+
+    Args:
+        method: in evaluation mode.
+        normalized: whether the backbone's input is normalised by ImageNet's mean and deviation.
+    """
+
+    def __init__(self, method: Method, normalized: bool) -> None:
+        super().__init__()
+        self.method = method
+        mean, std = (IMAGENET_MEAN, IMAGENET_STD) if normalized else ((0.0,) * 3, (1.0,) * 3)
+        self.register_buffer("mean", torch.tensor(mean)[:, None, None])
+        self.register_buffer("std", torch.tensor(std)[:, None, None])
+
+    def forward(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
+        x = (pixels.float() / 255 - self.mean) / self.std
+        for block in self.method.backbone.blocks:  # not the backbone itself: its frozen blocks may run in bfloat16
+            x = block(x)
+        vectors = self.method.vectors(self.method.query(self.method.project(x)))
+        return vectors, F.normalize(x, dim=1)
+
+
+def to_onnx(graph: QueryGraph, image_size: int, properties: dict[str, str]) -> bytes:
+    """The content of an ONNX file: input `pixels` `[n, 3, S, S]` uint8, outputs `vectors` and `features`.
+
+    Args:
+        properties: kept in the file as metadata.
+
+    Raises RunError if PyTorch cannot translate the model.
+    """
+    pixels = torch.zeros(2, 3, image_size, image_size, dtype=torch.uint8)
+    try:
+        with warnings.catch_warnings(), torch.no_grad():
+            warnings.simplefilter("ignore")  # of the exporter's own inner workings
+            program = torch.onnx.export(
+                graph,
+                (pixels,),
+                dynamo=True,
+                verbose=False,
+                input_names=["pixels"],
+                output_names=["vectors", "features"],
+                dynamic_shapes={"pixels": {0: torch.export.Dim("n", min=1)}},
+                custom_translation_table={torch.ops.aten._cdist_forward.default: _distances},
+            )
+    except Exception as error:  # whatever the exporter met
+        raise RunError(f"PyTorch {torch.__version__} cannot export this model to ONNX: {one_line(error)[:200]}") from error
+    model = program.model_proto
+    _forget_places(model)
+    onnx.helper.set_model_props(model, properties)
+    onnx.checker.check_model(model)
+    return model.SerializeToString(deterministic=True)
+
+
+def _distances(x1: object, x2: object, p: float = 2.0, compute_mode: int = 0) -> object:
+    """`torch.cdist` of `[M, n, L]` and `[M, K, L]`, which the exporter does not have: `[M, n, K]`."""
+    from onnxscript import opset18 as op
+
+    return op.ReduceL2(op.Sub(op.Unsqueeze(x1, [-2]), op.Unsqueeze(x2, [-3])), [-1], keepdims=0)
+
+
+def _forget_places(model: onnx.ModelProto) -> None:
+    """Remove the names of the files and lines from which PyTorch made each node."""
+    for part in (model.graph, *model.functions):
+        for item in (part, *part.node, *part.value_info, *getattr(part, "initializer", [])):
+            item.ClearField("metadata_props")
+    for item in (*model.graph.input, *model.graph.output):
+        item.ClearField("metadata_props")
+
+
+def largest_difference(content: bytes, graph: QueryGraph, image_size: int) -> float:
+    """Largest difference between what ONNX Runtime and PyTorch make of random images, as a share of the largest number
+    of each output."""
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3  # errors alone
+    session = onnxruntime.InferenceSession(content, options, providers=["CPUExecutionProvider"])
+    generator, differences = np.random.default_rng(0), []
+    for n in TESTED:
+        pixels = generator.integers(0, 256, (n, 3, image_size, image_size), dtype=np.uint8)
+        with torch.inference_mode():
+            expected = graph(torch.from_numpy(pixels))
+        for ours, theirs in zip(session.run(["vectors", "features"], {"pixels": pixels}), expected, strict=True):
+            differences.append(np.abs(ours - theirs.numpy()).max() / max(float(theirs.abs().max()), 1e-12))
+    return float(max(differences))

@@ -30,6 +30,20 @@ from utils import LOG, InputError, atomic_write, check_writable, locked, progres
 FORMAT = 1  # to be raised with every change of what the values are
 
 
+def filled(batch: Tensor, rows: int) -> Tensor:
+    """Images `[B, 3, S, S]`, and the last of them again until they are a multiple of `rows`: how a layer rounds may
+    depend on the size of the batch."""
+    return torch.cat([batch, batch[-1:].expand(-len(batch) % rows, -1, -1, -1)])
+
+
+def prefix_features(backbone: Backbone, images: Tensor) -> Tensor:
+    """Images `[B, 3, S, S]` -> what leaves the backbone's prefix `[B, ...]`, float16; the images of a backbone without
+    frozen blocks."""
+    most = torch.finfo(torch.float16).max
+    features = backbone.prefix(images)
+    return features.clamp(-most, most).half() if backbone.cut else features
+
+
 class Computed:
     """Features of images in batches `[B, ...]` float16, computed each time they are asked for. Of a backbone without
     frozen blocks they are the images, float32."""
@@ -45,11 +59,7 @@ class Computed:
         """The backbone must be in evaluation mode. Raises RunError if an image can no longer be read."""
         rows = CPU_CHUNK if self.preprocessing.device == "cpu" else TEST_BATCH
         for batch in loaders.test_batches(self.images, self.preprocessing):
-            # filled up with its last image: how a layer rounds may depend on the size of the batch
-            fill = batch[-1:].expand(-len(batch) % rows, -1, -1, -1)
-            features = self.backbone.prefix(torch.cat([batch, fill]))[: len(batch)]
-            most = torch.finfo(torch.float16).max
-            yield features.clamp(-most, most).half() if self.backbone.cut else features
+            yield prefix_features(self.backbone, filled(batch, rows))[: len(batch)]
 
 
 class Cached:

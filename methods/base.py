@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import ClassVar
 
+import torch
 from torch import Tensor, nn
 
 from methods.backbones import load_weights, read_state_dict
@@ -82,6 +83,15 @@ class Method(nn.Module):
         """What `query` gave of q queries -> tables `[q, M, K]`; an image's score is the sum of the M entries that its
         code selects, larger is nearer."""
         raise NotImplementedError
+
+    def vectors(self, queries: Tensor) -> Tensor:
+        """What `query` gave of q queries -> `[q, M d]`, for engines that search by inner products: those of its
+        segments with `codewords_for_search` are `tables`. Here the tables themselves, d = K."""
+        return self.tables(queries).flatten(1)
+
+    def codewords_for_search(self) -> Tensor:
+        """Codewords `[M, K, d]` that belong to `vectors`; here unit vectors, which select a table's entries."""
+        return torch.eye(self.K, device=next(self.parameters()).device).expand(self.M, -1, -1)
 
     # ------------------------------------------------------------ checkpoints
 

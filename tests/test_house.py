@@ -12,7 +12,7 @@ from helpers import ROOT
 ORDER = [
     {"utils"},
     {"decoding", "ties"},
-    {"transforms", "retrieval", "distributed", "loss"},
+    {"transforms", "retrieval", "distributed", "loss", "photos"},
     {"readers", "spq_views"},
     {"data"},
     {"loaders", "methods.flags"},

@@ -1,6 +1,8 @@
 """A run's model as an ONNX graph, for programs without PyTorch: bytes of images in, query vectors and features out."""
 
 import warnings
+from collections.abc import Callable
+from pathlib import Path
 
 import numpy as np
 import onnx
@@ -8,7 +10,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+import engine
+from methods import BACKBONES
 from methods.base import Method
+from search.encoder import read_config
 from transforms import IMAGENET_MEAN, IMAGENET_STD
 from utils import RunError, one_line
 
@@ -40,6 +45,16 @@ class QueryGraph(nn.Module):
         return vectors, F.normalize(x, dim=1)
 
 
+def query_graph(folder: Path) -> tuple[QueryGraph, int]:
+    """The graph of the model in a run's folder, and the side S of its images in pixels. Raises InputError if there is
+    no sound model in it."""
+    configuration = read_config(folder)
+    model = str(folder / "model.cpt")
+    changes = {"device": "cpu", "precision": "fp32", "compile": False, "test_only": True, "checkpoint": model}
+    method = engine.build_method(configuration.replace(**changes)).eval()
+    return QueryGraph(method, BACKBONES[configuration.backbone].normalized).eval(), configuration.image_size
+
+
 def to_onnx(graph: QueryGraph, image_size: int, properties: dict[str, str]) -> bytes:
     """The content of an ONNX file: input `pixels` `[n, 3, S, S]` uint8, outputs `vectors` and `features`.
 
@@ -60,22 +75,41 @@ def to_onnx(graph: QueryGraph, image_size: int, properties: dict[str, str]) -> b
                 input_names=["pixels"],
                 output_names=["vectors", "features"],
                 dynamic_shapes={"pixels": {0: torch.export.Dim("n", min=1)}},
-                custom_translation_table={torch.ops.aten._cdist_forward.default: _distances},
+                custom_translation_table=_translations(),
             )
     except Exception as error:  # whatever the exporter met
         raise RunError(f"PyTorch {torch.__version__} cannot export this model to ONNX: {one_line(error)[:200]}") from error
     model = program.model_proto
+    if not model.graph.input[0].type.tensor_type.shape.dim[0].dim_param:
+        raise RunError(f"PyTorch {torch.__version__} exports this model to ONNX for batches of {len(pixels)} only")
     _forget_places(model)
     onnx.helper.set_model_props(model, properties)
     onnx.checker.check_model(model)
     return model.SerializeToString(deterministic=True)
 
 
-def _distances(x1: object, x2: object, p: float = 2.0, compute_mode: int = 0) -> object:
-    """`torch.cdist` of `[M, n, L]` and `[M, K, L]`, which the exporter does not have: `[M, n, K]`."""
+def _translations() -> dict[object, Callable]:
+    """What the exporter lacks of the operations that methods use: `torch.cdist`, and shifts of whole numbers >= 0."""
     from onnxscript import opset18 as op
 
-    return op.ReduceL2(op.Sub(op.Unsqueeze(x1, [-2]), op.Unsqueeze(x2, [-3])), [-1], keepdims=0)
+    def distances(x1: object, x2: object, p: float = 2.0, compute_mode: int = 0) -> object:
+        return op.ReduceL2(op.Sub(op.Unsqueeze(x1, [-2]), op.Unsqueeze(x2, [-3])), [-1], keepdims=0)
+
+    def left(x: object, places: object) -> object:
+        return op.CastLike(op.BitShift(unsigned(x), unsigned(places), direction="LEFT"), x)
+
+    def right(x: object, places: object) -> object:
+        return op.CastLike(op.BitShift(unsigned(x), unsigned(places), direction="RIGHT"), x)
+
+    def unsigned(x: object) -> object:
+        return op.Cast(x, to=onnx.TensorProto.UINT64)
+
+    aten = torch.ops.aten
+    return {
+        aten._cdist_forward.default: distances,
+        aten.__lshift__.Tensor: left,
+        aten.__rshift__.Tensor: right,
+    }
 
 
 def _forget_places(model: onnx.ModelProto) -> None:

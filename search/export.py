@@ -13,7 +13,7 @@ docs/search.md has the six lines that search them.
 
 import argparse
 import csv
-import json
+import importlib.util
 from argparse import Namespace
 from collections.abc import Iterator
 from pathlib import Path
@@ -29,17 +29,16 @@ from utils import (
     check_regular,
     check_writable,
     naming_lack_of_memory,
-    one_line,
     progress_bar,
 )
 
 if TYPE_CHECKING:
     import faiss
+    import pyarrow as pa
 
     from search.store import Store
 
 KINDS = ("flat", "ivf", "fastscan")
-NPROBE = 64  # lists that an exported ivf index reads per query, unless its user says otherwise
 ROWS = 65_536  # images written at a time
 
 
@@ -110,6 +109,157 @@ def check_kind(kind: str | None, codewords: int) -> None:
     """Raise InputError if faiss's fast scan is asked for codebooks of other sizes than it takes."""
     if kind == "fastscan" and codewords != 16:
         raise InputError(
-            f"--faiss fastscan: takes codebooks of 16 codewords, these have {codewords}; train with --K 16 and twice the "
-            "--M of 256 codewords for codes of as many bytes, or export --faiss flat"
+            f"--faiss fastscan: takes codebooks of 16 codewords, these have {codewords}; train with --K 16 and twice "
+            "the --M for codes of as many bytes as by 256 codewords, or export --faiss flat"
         )
+
+
+def need(own: Namespace) -> None:
+    """Raise InputError if a package is missing that these flags need."""
+    wanted = ["onnx", "onnxscript"] * own.onnx + ["faiss"] * bool(own.faiss) + ["pyarrow"] * own.parquet
+    for package in wanted:
+        if importlib.util.find_spec(package) is None:
+            raise InputError(f"{package} is needed: pip install -r requirements-extra.txt")
+
+
+# ---------------------------------------------------------------- the model
+
+
+def write_onnx(store: "Store", path: Path) -> None:
+    """Write the model, once ONNX Runtime has been found to agree with PyTorch on it. Raises RunError if it does not."""
+    from search import onnx_model
+    from search.store import MODEL
+
+    graph, image_size = onnx_model.query_graph(store.folder / MODEL)
+    info = store.info
+    properties = {name: str(info[name]) for name in ("method", "M", "K", "D", "F", "model_sha256", "transform")}
+    content = onnx_model.to_onnx(graph, image_size, properties | {"S": str(image_size)})
+    said = "not checked: onnxruntime is not installed"
+    if importlib.util.find_spec("onnxruntime"):
+        difference = onnx_model.largest_difference(content, graph, image_size)
+        if not difference <= onnx_model.TOLERANCE:
+            raise RunError(f"{path}: ONNX Runtime differs from PyTorch by {difference:.1e} of the largest number")
+        said = f"differs from PyTorch by {difference:.1e} of the largest number"
+    with atomic_write(path) as file:
+        file.write(content)
+    print(f"{path}: {len(content) / 1e6:.1f} MB, images [n, 3, {image_size}, {image_size}]; {said}")
+
+
+# ---------------------------------------------------------------- the codes
+
+
+def write_faiss(store: "Store", kind: str, path: Path) -> None:
+    """Write a faiss index over the codes, whose ids are the images'."""
+    import faiss
+
+    from search.encoder import Encoder
+    from search.store import MODEL
+
+    codewords = Encoder(store.folder / MODEL).codewords
+    index = faiss_index(codewords, store.codes(), store.ids, kind)
+    with atomic_write(path) as file:
+        faiss.write_index(index, faiss.PyCallbackIOWriter(file.write))
+    print(f"{path}: {index.ntotal:,} images, {path.stat().st_size / 1e6:.1f} MB; vectors of {index.d} numbers")
+
+
+def faiss_index(codewords: np.ndarray, codes: np.ndarray, ids: np.ndarray, kind: str) -> "faiss.Index":
+    """A faiss index of one of `KINDS` over codes `[n, M]`, whose ids are `ids` `[n]`.
+
+    Args:
+        codewords: `[M, K, d]`.
+    """
+    import faiss
+
+    from search import ann
+
+    if kind == "ivf":
+        index = ann.build_ivf(codewords, codes, ann.nlist_for(len(codes)))
+        for number in range(index.nlist):  # the lists carry the ids themselves: such files can be merged
+            if size := index.invlists.list_size(number):
+                listed = faiss.rev_swig_ptr(index.invlists.get_ids(number), size)
+                listed[:] = ids[listed]
+        return index
+    plain = fast_scan(codewords, codes) if kind == "fastscan" else ann.build_flat(codewords, codes)
+    index = faiss.IndexIDMap(faiss.IndexFlatIP(plain.d))  # it accepts empty indexes only
+    index.index, index.ntotal, index.own_fields = plain, plain.ntotal, True
+    plain.this.disown()
+    faiss.copy_array_to_vector(ids.astype(np.int64), index.id_map)
+    return index
+
+
+def fast_scan(codewords: np.ndarray, codes: np.ndarray) -> "faiss.IndexPQFastScan":
+    """faiss's fast scan over codes `[n, M]` of codebooks `[M, 16, d]`."""
+    import faiss
+
+    M, _, d = codewords.shape
+    index = faiss.IndexPQ(M * d, M, 4, faiss.METRIC_INNER_PRODUCT)
+    faiss.copy_array_to_vector(codewords.ravel(), index.pq.centroids)
+    index.is_trained = True
+    index.add_sa_codes(faiss.pack_bitstrings(codes.astype(np.int32), 4))
+    return faiss.IndexPQFastScan(index)
+
+
+# ---------------------------------------------------------------- the names
+
+
+def parts(store: "Store") -> Iterator[slice]:
+    """The images in their order, some at a time."""
+    n = len(store.ids)
+    with progress_bar(None, "images", total=n) as bar:
+        for start in range(0, n, ROWS):
+            yield slice(start, min(start + ROWS, n))
+            bar.update(min(ROWS, n - start))
+
+
+def write_names(store: "Store", path: Path) -> None:
+    """Write id and name of each image."""
+    from search.store import printable
+
+    with atomic_write(path, "w") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow(("id", "name"))
+        for part in parts(store):
+            ids = store.ids[part]
+            writer.writerows(zip(ids.tolist(), map(printable, store.names(ids)), strict=True))
+    print(f"{path}: {len(store.ids):,} names")
+
+
+def write_parquet(store: "Store", path: Path) -> None:
+    """Write a table of all images: id, name, width, height, code (M numbers of one or two bytes each) and feature (int8
+    `[F]`, to be divided by its length), both as bytes."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    from search.store import printable
+
+    codes = store.codes()
+    columns = [("id", pa.int64()), ("name", pa.string()), ("width", pa.int32()), ("height", pa.int32())]
+    columns.append(("code", pa.binary(codes.shape[1] * codes.itemsize)))
+    columns += [("feature", pa.binary(store.info["F"]))] * store.has_features
+    told = {name: str(store.info[name]) for name in ("method", "M", "K", "F", "model_sha256")}
+    schema = pa.schema(columns, metadata=told | {"code_dtype": codes.dtype.name})
+    with atomic_write(path) as file, pq.ParquetWriter(file, schema, use_dictionary=False) as writer:
+        for part in parts(store):
+            ids = store.ids[part]
+            names, widths, heights = zip(*store.rows(ids), strict=True)
+            arrays = [pa.array(ids), pa.array(map(printable, names))]
+            arrays += [pa.array(widths, pa.int32()), pa.array(heights, pa.int32()), as_binary(codes[part])]
+            if store.has_features:
+                arrays.append(as_binary(as_int8(store.features(np.arange(len(store.ids))[part]))))
+            writer.write_batch(pa.record_batch(arrays, schema=schema))
+    print(f"{path}: {len(store.ids):,} images, {path.stat().st_size / 1e6:.1f} MB")
+
+
+def as_binary(rows: np.ndarray) -> "pa.Array":
+    """Rows of numbers as rows of bytes, in little-endian order."""
+    import pyarrow as pa
+
+    rows = np.ascontiguousarray(rows, rows.dtype.newbyteorder("<"))
+    width = rows.shape[1] * rows.itemsize
+    return pa.Array.from_buffers(pa.binary(width), len(rows), [None, pa.py_buffer(rows)])
+
+
+def as_int8(features: np.ndarray) -> np.ndarray:
+    """Features `[k, F]` as an index keeps them: each row's largest number is 127 or -127."""
+    largest = np.abs(features).max(axis=1, keepdims=True)
+    return np.rint(127 * features / np.maximum(largest, np.finfo(np.float32).tiny)).astype(np.int8)

@@ -78,7 +78,8 @@ def to_onnx(graph: QueryGraph, image_size: int, properties: dict[str, str]) -> b
                 custom_translation_table=_translations(),
             )
     except Exception as error:  # whatever the exporter met
-        raise RunError(f"PyTorch {torch.__version__} cannot export this model to ONNX: {one_line(error)[:200]}") from error
+        reason = one_line(error)[:200]
+        raise RunError(f"PyTorch {torch.__version__} cannot export this model to ONNX: {reason}") from error
     model = program.model_proto
     if not model.graph.input[0].type.tensor_type.shape.dim[0].dim_param:
         raise RunError(f"PyTorch {torch.__version__} exports this model to ONNX for batches of {len(pixels)} only")

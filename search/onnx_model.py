@@ -26,23 +26,23 @@ class QueryGraph(nn.Module):
     backbone, of unit length, for reranking; both float32, computed in float32.
 
     Args:
-        method: in evaluation mode.
+        method: in evaluation mode; its backbone is taken out of it.
         normalized: whether the backbone's input is normalised by ImageNet's mean and deviation.
     """
 
     def __init__(self, method: Method, normalized: bool) -> None:
         super().__init__()
+        self.blocks = nn.Sequential(*method.backbone.blocks)  # in float32, whatever the backbone ran them in
         self.method = method
+        self.method.backbone = nn.Identity()
         mean, std = (IMAGENET_MEAN, IMAGENET_STD) if normalized else ((0.0,) * 3, (1.0,) * 3)
         self.register_buffer("mean", torch.tensor(mean)[:, None, None])
         self.register_buffer("std", torch.tensor(std)[:, None, None])
 
     def forward(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
-        x = (pixels.float() / 255 - self.mean) / self.std
-        for block in self.method.backbone.blocks:  # not the backbone itself: its frozen blocks may run in bfloat16
-            x = block(x)
-        vectors = self.method.vectors(self.method.query(self.method.project(x)))
-        return vectors, F.normalize(x, dim=1)
+        features = self.blocks((pixels.float() / 255 - self.mean) / self.std)
+        vectors = self.method.vectors(self.method.query(self.method(features)))
+        return vectors, F.normalize(features, dim=1)
 
 
 def query_graph(folder: Path) -> tuple[QueryGraph, int]:

@@ -57,7 +57,7 @@ def codeword_distances(x: Tensor, codewords: Tensor) -> Tensor:
 
 def pack_bits(bits: Tensor) -> Tensor:
     """Bits `[n, B]`, bool or 0 and 1 -> bytes, uint8 `[n, B / 8]`, the first bit highest, as `np.packbits` has them."""
-    octets = bits.view(len(bits), -1, 8).to(torch.uint8)
+    octets = bits.unflatten(1, (-1, 8)).to(torch.uint8)
     places = torch.arange(7, -1, -1, dtype=torch.uint8, device=bits.device)
     return (octets << places).sum(dim=-1).to(torch.uint8)
 

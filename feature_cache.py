@@ -32,8 +32,8 @@ FORMAT = 1  # to be raised with every change of what the values are
 
 
 def filled(batch: Tensor, rows: int) -> Tensor:
-    """Images `[B, 3, S, S]`, or vectors `[B, D]`, and the last of them again until they are a multiple of `rows`: how a layer rounds may
-    depend on the size of the batch."""
+    """Images `[B, 3, S, S]`, or vectors `[B, D]`, and the last of them again until they are a multiple of `rows`: how a
+    layer rounds may depend on the size of the batch."""
     return torch.cat([batch, batch[-1:].expand(-len(batch) % rows, *batch.shape[1:])])
 
 

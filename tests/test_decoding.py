@@ -85,7 +85,7 @@ def test_bad_exif_is_no_error(block):
 
 
 @given(st.sampled_from([1, *STORED]), st.integers(1, 300), st.integers(1, 300), st.integers(1, 90), st.integers(1, 90))
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=30, deadline=None)
 def test_reduced_images_are_large_enough(orientation, width, height, least_width, least_height):
     upright, least = picture().resize((width, height)), (least_width, least_height)
     image = UprightImage(encoded(stored(upright, orientation), "JPEG", exif=exif(orientation)))

@@ -129,6 +129,6 @@ def test_a_whole_fit(tmp_path, weights):
         ended = subprocess.run([*command, *more], cwd=ROOT, capture_output=True, text=True, check=False)
         assert ended.returncode == 0, ended.stderr
     assert {"model.cpt", "config.json", "report.html"} <= {
-        path.name for path in Path(tmp_path / "checkpoints/mine").iterdir()
+        path.name for path in (tmp_path / "checkpoints/mine").iterdir()
     }
     assert "nothing to do" in ended.stdout

@@ -299,6 +299,13 @@ def test_a_hostile_folder_ends_no_run(tmp_path, capsys):
     assert "Traceback" not in capsys.readouterr().err
 
 
+def test_its_checkpoint_is_inspected(finished, capsys):
+    assert call("inspect_checkpoint", finished) == 0
+    output = capsys.readouterr().out
+    assert "own, no labels, last epoch of 2" in output
+    assert "NOT" not in output
+
+
 # ---------------------------------------------------------------- the report
 
 

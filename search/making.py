@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from search.encoder import Encoder
     from search.encoding import Machine
 
-SHARD = 10_000  # images
+SHARD = 4096  # images
 LOCK, PARTS = ".lock", "parts"
 
 

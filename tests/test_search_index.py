@@ -229,7 +229,7 @@ def test_wrong_input_ends_in_one_line(place, capsys):
     index(place)
     assert "--update brings it up to date" in line_of(capsys, photos, *run, *target)
     assert "was made with int8" in line_of(capsys, *target, "--update", "--features", "half")
-    assert "was made with 10000" in line_of(capsys, *target, "--update", "--shard", "5")
+    assert "was made with 4096" in line_of(capsys, *target, "--update", "--shard", "5")
     assert f"is of {photos}" in line_of(capsys, place, *target, "--update")
     (place / "run" / "model.cpt").write_bytes(b"another")
     assert "another model" in line_of(capsys, *run, *target, "--update")

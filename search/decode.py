@@ -139,6 +139,7 @@ class _Decoder:
         try:
             self.connection.send(items)
         except OSError as error:
+            self.kill()
             raise _EndedError("its decoder crashed") from error
 
     def receive(self) -> Decoded:
@@ -226,7 +227,7 @@ class DecodingPool:
     def _decoder(self) -> _Decoder:
         """This thread's process, a new one if it has ended."""
         decoder = getattr(self.own, "decoder", None)
-        if decoder is None or decoder.connection.closed or not decoder.process.is_alive():
+        if decoder is None or decoder.connection.closed:
             fresh = _Decoder(self.decode, self.image_size, self.seconds)
             with self.lock:
                 if self.closed:

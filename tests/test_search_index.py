@@ -13,7 +13,7 @@ from pathlib import Path
 import index_forks
 import numpy as np
 import pytest
-from helpers import HOSTILE, ROOT, SEED, wait_for, write_photos
+from helpers import HOSTILE, ROOT, SEED, Killed, wait_for, write_photos
 from index_forks import FakeEncoder, fakes, write_run
 
 from search import __main__ as command
@@ -21,6 +21,7 @@ from search import indexing
 from search.decode import decode_photo
 from search.encoder import Encoder
 from search.store import Store, read_info
+from search.writing import Writer
 from utils import InputError, RunError, run_script, sha256
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -279,6 +280,15 @@ def test_photos_that_go_away_end_it_and_what_is_committed_stays(place, monkeypat
     assert left_out(place) == {}
 
 
+def test_an_index_folder_that_goes_away_ends_it(place):
+    opened = type("Removing", (list,), {"append": lambda self, _: shutil.rmtree(place / "index", ignore_errors=True)})()
+    with fakes() as pool:
+        pool.opened = opened
+        with pytest.raises(RunError, match="lock was removed"):
+            indexing.main([str(place / "photos"), "--model", str(place / "run"), "-o", str(place / "index")])
+    assert not (place / "index").exists()
+
+
 def test_a_file_that_goes_away_meanwhile_is_left_out(place, monkeypatch):
     path = place / "photos" / "a" / "04.jpg"
     opened = type("Leaving", (list,), {"append": lambda self, other: path.unlink(missing_ok=True)})()
@@ -421,6 +431,30 @@ def test_parts_that_are_killed_make_the_same_index(forked, tmp_path):
         assert store.codes().tolist() == alone.codes().tolist()
         assert (target / "skipped.csv").read_bytes() == (tmp_path / "alone" / "skipped.csv").read_bytes()
         assert not (target / "parts").exists()
+
+
+@pytest.mark.parametrize("at", range(5))
+def test_parts_are_joined_once_even_if_that_is_interrupted(at, place, monkeypatch):
+    write_files(place / "photos", {"a/bad.jpg": b"broken", "b/bad.jpg": b"broken"})
+    flags = ["--shard", 4, "--world", 2, "--rank"]
+    index(place, *flags, 0)
+    commit, commits = Writer.commit, []
+
+    def interrupted(writer, stretch):
+        if writer.folder == place / "index":
+            commits.append(stretch)
+            if len(commits) == 2 * at + 1:
+                raise Killed
+        commit(writer, stretch)
+
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(Writer, "commit", interrupted)
+        index(place, *flags, 1)
+    assert index(place, *flags, 0) == []
+    rows = found(place)
+    assert [image for image, _ in rows.values()] == list(range(30))
+    assert [*rows] == sorted(rows)
+    assert left_out(place).keys() == {"a/bad.jpg", "b/bad.jpg"}
 
 
 def test_an_update_in_parts(forked, place):

@@ -1,9 +1,9 @@
 """Runs `python -m search index` in one forked process after the other, with an encoder and a decoder that cost nothing;
-kills it at a given moment. Speaks lines of JSON as `forks.py` does: {"argv": [...], "kill": seconds or null}."""
+sends it a signal at a given moment. Speaks lines of JSON as `forks.py` does: {"argv": [...], "kill": seconds or null,
+"number": the signal's}."""
 
 import json
 import os
-import signal
 import sys
 import tempfile
 import time
@@ -43,7 +43,7 @@ class FakeEncoder:
         return SimpleNamespace(
             codes=codes,
             features=features / np.linalg.norm(features, axis=1, keepdims=True).clip(1e-9),
-            vectors=np.concatenate([self.codewords[m, codes[:, m]] for m in range(M)], axis=1),
+            vectors=np.concatenate([self.codewords[m, codes[:, m]] for m in range(M)], axis=1).reshape(-1, M * D),
         )
 
 
@@ -134,7 +134,7 @@ def run(request):
             child(request["argv"], folder)
         if request["kill"] is not None:
             time.sleep(request["kill"])
-            os.kill(pid, signal.SIGKILL)
+            os.kill(pid, request["number"])
         _, status = os.waitpid(pid, 0)
         seconds = time.monotonic() - start
         out, err = ((folder / name).read_text() if (folder / name).exists() else "" for name in ("out", "err"))

@@ -110,7 +110,7 @@ class Encoder:
             raise ValueError(f"images are {pixels.dtype} {pixels.shape}, not uint8 [B, 3, {S}, {S}]")
         if n == 0:
             pixels = np.zeros((1, 3, S, S), dtype=np.uint8)
-        images = transforms.from_bytes(torch.from_numpy(pixels).to(self.device).float(), self._normalized)
+        images = transforms.from_bytes(torch.tensor(pixels, device=self.device).float(), self._normalized)
         images = filled(images, self._rows)
         features = method.backbone.suffix(prefix_features(method.backbone, images).float())
         z = method.project(features)

@@ -198,17 +198,24 @@ class Api:
         if kind not in (JSON, FORM, "application/octet-stream") and not kind.startswith("image/"):
             raise UnsupportedMediaType("send an image as image/*, application/octet-stream or multipart/form-data, or "
                                        "a vector as application/json")  # fmt: skip
-        request.max_content_length = self.limits.most_bytes
         with self.slot():
-            try:
-                body = request.get_data(cache=False)
-            except RequestEntityTooLarge:
-                raise
-            except (BadRequest, OSError):
-                raise BadRequest("the request's body did not arrive whole and in time") from None
+            body = self.body(request)
             if kind == JSON:
                 return answered(self.of_json(request, body))
             return answered(self.of_image(request, file_of_form(request, body) if kind == FORM else body))
+
+    def body(self, request: Request) -> bytes:
+        """A request's body. Raises RequestEntityTooLarge, as soon as that is clear, and BadRequest."""
+        request.max_content_length = self.limits.most_bytes + 1  # a body in chunks would be cut off there
+        try:
+            body = request.get_data(cache=False)
+        except RequestEntityTooLarge:
+            raise
+        except (BadRequest, OSError):
+            raise BadRequest("the request's body did not arrive whole and in time") from None
+        if len(body) > self.limits.most_bytes:
+            raise RequestEntityTooLarge
+        return body
 
     def of_image(self, request: Request, content: bytes) -> dict:
         options = self.options(request)

@@ -33,7 +33,8 @@ def index(request, finished, tmp_path_factory):
     (folder / "photos" / "copies").mkdir()
     for copy, original in COPIES.items():
         shutil.copy(folder / "photos" / original, folder / "photos" / copy)
-    return write_index(folder, finished / "checkpoints" / "small", "--features", request.param)
+    kind = "flat" if request.param == "none" else "ivf"
+    return write_index(folder, finished / "checkpoints" / "small", "--features", request.param, "--kind", kind)
 
 
 @pytest.fixture
@@ -220,6 +221,14 @@ def test_pairs_against_all_pairs(asked, index, tmp_path):
         assert {(int(row[3]), int(row[4])) for row in rows[:4]} == copies
         cosines = [float(row[2]) for row in rows]
         assert cosines == sorted(cosines, reverse=True)
+
+
+def test_pairs_among_the_images_of_a_list_alone(asked, index):
+    whole, part = (pairs_of(asked("duplicates", "--nprobe", nprobe)[1]) for nprobe in (64, 1))
+    assert part
+    assert {tuple(row) for row in part} <= {tuple(row) for row in whole}
+    if Searcher(index).store.info["index"]["kind"] == "ivf":
+        assert len(part) < len(whole)
 
 
 def test_pairs_on_standard_output(asked, index):

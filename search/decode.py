@@ -24,7 +24,7 @@ from utils import RunError
 MOST_BYTES = 2**30  # of a file: its content is read whole
 PER_TASK = 8  # files that a process is given at once
 IN_FLIGHT = 384  # images decoded ahead, whatever the number of processes: three batches of the encoder
-SECONDS_TO_START = 120
+SECONDS_TO_START, SECONDS_TO_END = 120, 5  # a process that waits for a disk cannot be killed
 HEADER = struct.Struct("<iiI")  # width, height, bytes of the reason
 
 
@@ -107,7 +107,7 @@ def _read(message: bytes, image_size: int) -> Decoded:
     start = HEADER.size + length
     reason = message[HEADER.size : start].decode()
     pixels = np.frombuffer(message, np.uint8, offset=start).reshape(-1, 3, image_size, image_size)
-    return Decoded(pixels[0] if len(pixels) else None, (width, height), reason)
+    return Decoded(pixels[0].copy() if len(pixels) else None, (width, height), reason)  # PyTorch asks for its own
 
 
 # ---------------------------------------------------------------- the processes, from outside
@@ -139,6 +139,7 @@ class _Decoder:
         try:
             self.connection.send(items)
         except OSError as error:
+            self.kill()
             raise _EndedError("its decoder crashed") from error
 
     def receive(self) -> Decoded:
@@ -154,7 +155,7 @@ class _Decoder:
 
     def kill(self) -> None:
         self.process.kill()
-        self.process.join()
+        self.process.join(SECONDS_TO_END)
         self.connection.close()
 
 
@@ -226,7 +227,7 @@ class DecodingPool:
     def _decoder(self) -> _Decoder:
         """This thread's process, a new one if it has ended."""
         decoder = getattr(self.own, "decoder", None)
-        if decoder is None or not decoder.process.is_alive():
+        if decoder is None or decoder.connection.closed:
             fresh = _Decoder(self.decode, self.image_size, self.seconds)
             with self.lock:
                 if self.closed:

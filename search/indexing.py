@@ -27,7 +27,7 @@ from dataclasses import replace
 from pathlib import Path
 from types import FrameType
 
-from search.making import LOCK, SHARD, Hardware, Making, Request, report_skipped
+from search.making import LOCK, SHARD, Hardware, Making, Request, report_skipped, say
 from search.parts import index_part
 from search.store import SKIPPED
 from search.writing import Writer
@@ -131,7 +131,7 @@ def index(request: Request, hardware: Hardware) -> int:
             pending, gone = making.changes(writer)
             removed = writer.chosen(request.remove)
             if not (pending or gone or removed) and making.is_ready():
-                print(f"{request.folder}: nothing to do, {writer.count()} images")
+                say(f"{request.folder}: nothing to do, {writer.count()} images")
                 return report_skipped(writer)
             making.begin()
             writer.forget(gone)
@@ -139,6 +139,6 @@ def index(request: Request, hardware: Hardware) -> int:
             with making.machine() as machine:
                 making.encode(machine, writer, pending)
                 making.finish(machine, writer)
-            print(f"{request.folder}: {writer.count()} images; {len(pending)} files were read, "
+            say(f"{request.folder}: {writer.count()} images; {len(pending)} files were read, "
                   f"{len(gone) + len(removed)} taken out")  # fmt: skip
             return report_skipped(writer)

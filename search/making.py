@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from search.encoder import Encoder
     from search.encoding import Machine
 
-SHARD = 10_000  # images
+SHARD = 4096  # images
 LOCK, PARTS = ".lock", "parts"
 
 
@@ -280,9 +280,14 @@ def versions() -> dict[str, str]:
     return {name: version(name) for name in ("torch", "torchvision", "numpy", "pillow", "faiss-cpu")}
 
 
+def say(line: str) -> None:
+    """Print a line that may hold names of any kind."""
+    print(printable(line))
+
+
 def report_skipped(writer: Writer) -> int:
     """Say how many files cannot be used, and return it."""
     skipped = sum(reason != REMOVED for _, reason in writer.skipped())
     if skipped:
-        print(f"{writer.folder / SKIPPED}: {skipped} files that cannot be used")
+        say(f"{writer.folder / SKIPPED}: {skipped} files that cannot be used")
     return skipped

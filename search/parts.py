@@ -5,7 +5,7 @@ import json
 import shutil
 from pathlib import Path
 
-from search.making import LOCK, PARTS, Hardware, Making, Request, report_skipped
+from search.making import LOCK, PARTS, Hardware, Making, Request, report_skipped, say
 from search.store import read_info
 from search.writing import File, Stretch, Writer
 from utils import check_writable, locked, write_json
@@ -24,7 +24,7 @@ def index_part(request: Request, hardware: Hardware, rank: int, world: int) -> i
         with Writer(folder, making.info["features"], check_lock) as writer:
             pending, gone = making.changes(writer)
             if not (pending or gone) and making.is_ready():
-                print(f"{folder}: nothing to do, {writer.count()} images")
+                say(f"{folder}: nothing to do, {writer.count()} images")
                 return report_skipped(writer)
             making.begin()
             writer.forget(gone)
@@ -35,10 +35,10 @@ def index_part(request: Request, hardware: Hardware, rank: int, world: int) -> i
     skipped = encode_part(making, pending, work, rank, world)
     with locked(folder / LOCK, busy, wait=True) as check_lock:
         if read_info(folder)["complete"]:
-            print(f"{folder}: part {rank} of {world} is done, and another process joined all")
+            say(f"{folder}: part {rank} of {world} is done, and another process joined all")
             return skipped
         if missing := undone(folder, world, work):
-            print(f"{folder}: part {rank} of {world} is done; not yet done: {', '.join(map(str, missing))}")
+            say(f"{folder}: part {rank} of {world} is done; not yet done: {', '.join(map(str, missing))}")
             return skipped
         with Writer(folder, making.info["features"], check_lock) as writer:
             return join(making, writer, [_part(folder, rank, world) for rank in range(world)])
@@ -76,7 +76,7 @@ def join(making: Making, writer: Writer, parts: list[Path]) -> int:
             writer.commit(Stretch(skipped=part.skipped()))
     with making.machine() as machine:
         making.finish(machine, writer)
-    print(f"{making.folder}: {writer.count()} images, all parts are joined")
+    say(f"{making.folder}: {writer.count()} images, all parts are joined")
     return report_skipped(writer)
 
 

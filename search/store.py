@@ -32,7 +32,7 @@ FORMAT = 1  # to be raised if what is in the folder changes
 INDEX, NAMES, SEARCH, SKIPPED = "index.json", "names.sqlite", "search.faiss", "skipped.csv"
 CODES, FEATURES, MODEL = "codes", "features", "model"
 MODEL_FILES = ("model.cpt", "config.json")
-MAPPED_AT_ONCE = 128  # shards: each holds a file descriptor
+MAPPED_AT_ONCE = 256  # shards: each holds a file descriptor
 
 SCHEMA = """
 CREATE TABLE IF NOT EXISTS images(

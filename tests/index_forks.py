@@ -43,7 +43,7 @@ class FakeEncoder:
         return SimpleNamespace(
             codes=codes,
             features=features / np.linalg.norm(features, axis=1, keepdims=True).clip(1e-9),
-            vectors=np.concatenate([self.codewords[m, codes[:, m]] for m in range(M)], axis=1),
+            vectors=np.concatenate([self.codewords[m, codes[:, m]] for m in range(M)], axis=1).reshape(-1, M * D),
         )
 
 

@@ -354,6 +354,27 @@ MUTATIONS: dict[str, tuple[Mutation, ...]] = {
           "parameters"),
         M("methods/cibhash.py", "soft = 2 * p.detach() - 1", "soft = p.detach()", "cibhash", "quantization"),
     ),
+    "indexing": (
+        M("search/store.py", "rendered(info) == content", 'json.loads(rendered(info))["sha256"] == info["sha256"]',
+          "search_store", "byte or space"),
+        M("search/store.py", 'if not info["complete"]:', "if False:", "search_store", "unfinished"),
+        M("search/store.py", 'side="right") - 1', 'side="left") - 1', "search_store", "written_is_read"),
+        M("search/store.py", 'prefix + b"0")', 'prefix + b"1")', "search_store", "written_is_read"),
+        M("search/store.py", "live[self._removed] = False", "pass", "search_store", "written_is_read"),
+        M("search/writing.py", "self._remove(paths + [(path,) for path, *_ in skipped])", "self._remove(paths)",
+          "search_index", "new_or_changed"),
+        M("search/writing.py", "        self.check_lock()\n        number", "        number", "search_index",
+          "folder_that"),
+        M("search/writing.py", 'BEGIN IMMEDIATE', 'COMMIT; BEGIN IMMEDIATE', "search_index", "killed_again"),
+        M("search/making.py", "if known.pop(path, None) != state:", "if known.pop(path, None) is None:",
+          "search_index", "new_or_changed"),
+        M("search/making.py", "sorted(known.keys() - out)", "sorted(known.keys())", "search_index", "user_removed"),
+        M("search/encoding.py", "not self._vanished(file)", "True", "search_index", "goes_away or go_away"),
+        M("search/encoding.py", "full = len(self.stretch.images) == self.rows",
+          "full = len(self.stretch.images) == self.rows + len(self.stretch.skipped)", "search_store", "files_of"),
+        M("search/parts.py", "if not writer.holds(stretch.images[0][0]):", "if True:", "search_index", "joined"),
+        M("search/decode.py", "if crashes == 2:", "if crashes == 1:", "search_decode", "in_order or idle"),
+    ),
 }  # fmt: skip
 
 ROWS = [mutation for rows in MUTATIONS.values() for mutation in rows]

@@ -81,7 +81,11 @@ def test_a_search_over_the_wire(server, folder):
 
 def test_a_body_in_chunks(server, folder):
     content = photo(folder.parent / "red.png")
-    for parts, expected in (([content[:9], content[9:]], 200), ([b"\0" * 200_000], 400), ([b"\0" * 200_000, b"\0"], 413)):
+    for parts, expected in (
+        ([content[:9], content[9:]], 200),
+        ([b"\0" * 200_000], 400),
+        ([b"\0" * 200_000, b"\0"], 413),
+    ):
         assert asked(server, "POST", "/search", iter(parts), {"Content-Type": "image/png"})[0] == expected
 
 

@@ -17,6 +17,7 @@ python -m search index photos --model checkpoints/mine -o mine.index --rank 0 --
 """
 
 import argparse
+import importlib.util
 import json
 import signal
 from argparse import Namespace
@@ -69,6 +70,8 @@ def build_parser() -> Parser:
 def parse(argv: list[str] | None) -> Namespace:
     """The flags. Raises InputError if they do not go together."""
     args = build_parser().parse_args(argv)
+    if importlib.util.find_spec("faiss") is None:
+        raise InputError("faiss-cpu is needed: pip install -r requirements-extra.txt")
     if (args.rank is None) != (args.world is None):
         raise InputError("--rank and --world go together")
     if args.rank is not None and not 0 <= args.rank < args.world:

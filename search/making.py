@@ -208,13 +208,15 @@ class Making:
 
         store, info = Store(self.folder, self.info), self.info
         n = len(store.ids)
+        write_skipped(self.folder, writer.skipped())
+        if n == 0:
+            raise InputError(f"{self.folder}: no image is left to search; {SKIPPED} says why files are left out")
         kind = ann.kind_for(n) if info["kind"] == "auto" else info["kind"]
         held = store.ids[:: max(n // HELD_BACK, 1)][:HELD_BACK] if kind == "ivf" else []
         vectors = machine.vectors(store.path(image) for image in held)
         info["index"] = ann.build(self.folder / SEARCH, machine.encoder.codewords, store.codes(), kind, vectors)
         store.close()
         shutil.rmtree(self.folder / PARTS, ignore_errors=True)
-        write_skipped(self.folder, writer.skipped())
         info |= {"complete": True, "images": n, "next_id": writer.next_id(), "versions": versions()}
         info["files"] |= writer.files() | {name: sha256(self.folder / name) for name in (NAMES, SEARCH, SKIPPED)}
         writer.check_lock()

@@ -63,7 +63,7 @@ def stored_features(features: np.ndarray, kind: str) -> np.ndarray:
     if kind == "half":
         return features.astype(np.float16)
     largest = np.abs(features).max(axis=1, keepdims=True)
-    return np.rint(features * (127 / np.maximum(largest, np.finfo(np.float32).tiny))).astype(np.int8)
+    return np.rint(features * (127 / np.where(largest > 0, largest, 1))).astype(np.int8)
 
 
 class Writer:

@@ -116,6 +116,10 @@ class Method(nn.Module):
     def quantization_error(self, z: Tensor) -> Tensor | None:
         """The mean squared difference of embeddings `[B, D]` and what they are quantized to; None if nothing is."""
 
+    def queries_of_codes(self, codes: Tensor) -> Tensor:
+        """Codes `[q, M]` -> what `tables` takes of queries of which nothing else is known."""
+        raise NotImplementedError
+
     def vectors(self, queries: Tensor) -> Tensor:
         """What `query` gave of q queries -> `[q, M d]`, for engines that search by inner products: those of its
         segments with `codewords_for_search` are `tables`. Here the tables themselves, d = K."""

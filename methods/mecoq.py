@@ -262,6 +262,11 @@ class MeCoQ(Method):
     def quantization_error(self, z: Tensor) -> Tensor:
         return loss.quantization_error(self.quantizer.segments(z), self.quantizer(z)[1])
 
+    def queries_of_codes(self, codes: Tensor) -> Tensor:
+        if self.search.symmetric:
+            return codes
+        return retrieval.reconstruction(codes, self.quantizer.codewords()).flatten(1)
+
     def vectors(self, queries: Tensor) -> Tensor:
         """Segments; of unit length, if Eq. 16 has them so; the codewords that stand for them, if queries are quantized
         too."""

@@ -127,6 +127,9 @@ class SPQ(Method):
     def quantization_error(self, z: Tensor) -> Tensor:
         return loss.quantization_error(z, self.quantizer(z)[1])
 
+    def queries_of_codes(self, codes: Tensor) -> Tensor:
+        return retrieval.reconstruction(codes, self.quantizer.codebooks).flatten(1)
+
     def check_state(self, state: dict[str, Tensor], path: Path) -> None:
         codebooks = state.get("quantizer.codebooks")
         if codebooks is None or codebooks.dim() != 3 or "head.weight" not in state:

@@ -178,10 +178,10 @@ class Api:
 
     def like(self, request: Request, id: str) -> Response:
         options, known = self.options(request), self.known(id)
-        name, width, height = self.store.rows([known])[0]
+        start, (name, width, height) = time.perf_counter(), self.store.rows([known])[0]
+        query = {"id": known, "name": printable(name), "width": width, "height": height}
         with self.slot():
-            found = self.found(lambda: self.searcher.of_id(known, options))
-        return answered({"query": {"id": known, "name": printable(name), "width": width, "height": height}} | found)
+            return answered({"query": query} | found(self.searcher.of_id(known, options), start))
 
     def thumb(self, request: Request, id: str) -> Response:
         known = self.known(id)
@@ -198,32 +198,41 @@ class Api:
         if kind not in (JSON, FORM, "application/octet-stream") and not kind.startswith("image/"):
             raise UnsupportedMediaType("send an image as image/*, application/octet-stream or multipart/form-data, or "
                                        "a vector as application/json")  # fmt: skip
-        request.max_content_length = self.limits.most_bytes
         with self.slot():
-            try:
-                body = request.get_data(cache=False)
-            except RequestEntityTooLarge:
-                raise
-            except (BadRequest, OSError):
-                raise BadRequest("the request's body did not arrive whole and in time") from None
+            body = self.body(request)
             if kind == JSON:
                 return answered(self.of_json(request, body))
             return answered(self.of_image(request, file_of_form(request, body) if kind == FORM else body))
 
+    def body(self, request: Request) -> bytes:
+        """A request's body. Raises RequestEntityTooLarge, as soon as that is clear, and BadRequest."""
+        request.max_content_length = self.limits.most_bytes + 1  # a body in chunks would be cut off there
+        try:
+            body = request.get_data(cache=False)
+        except RequestEntityTooLarge:
+            raise
+        except (BadRequest, OSError):
+            raise BadRequest("the request's body did not arrive whole and in time") from None
+        if len(body) > self.limits.most_bytes:
+            raise RequestEntityTooLarge
+        return body
+
     def of_image(self, request: Request, content: bytes) -> dict:
-        options = self.options(request)
+        start, options = time.perf_counter(), self.options(request)
         if not content:
             raise BadRequest("there is no image in the request")
         decoded = self.decoder.content(content)
         if decoded.pixels is None:
-            if f"more than {MOST_PIXELS}" in decoded.reason:
-                raise RequestEntityTooLarge(f"too large: it {decoded.reason}")
-            raise BadRequest(f"not an image that can be used: it {decoded.reason}")
-        size = {"query": {"id": None, "name": None, "width": decoded.size[0], "height": decoded.size[1]}}
+            reason = decoded.reason if decoded.reason.startswith("its ") else f"it {decoded.reason}"
+            refusal = RequestEntityTooLarge if f"more than {MOST_PIXELS}" in reason else BadRequest
+            raise refusal(f"this file cannot be used: {reason}")
         vector, feature = self.encoder.encode(decoded.pixels)
-        return size | self.found(lambda: self.searcher.search(vector, feature, options))
+        hits = self.searcher.search(vector, feature, options)
+        width, height = decoded.size
+        return {"query": {"id": None, "name": None, "width": width, "height": height}} | found(hits, start)
 
     def of_json(self, request: Request, body: bytes) -> dict:
+        start = time.perf_counter()
         try:
             content = json.loads(body, parse_constant=float)
         except (ValueError, RecursionError):
@@ -238,15 +247,7 @@ class Api:
             if not feature.any():
                 raise BadRequest("the feature is zero")
             feature /= np.linalg.norm(feature)
-        options = self.options(request, content)
-        return self.found(lambda: self.searcher.search(vector, feature, options))
-
-    def found(self, search: Any) -> dict:
-        """What a search finds, and its seconds."""
-        start = time.perf_counter()
-        hits: list[Hit] = search()
-        seconds = round(time.perf_counter() - start, 4)
-        return {"hits": [vars(hit) | {"name": printable(hit.name)} for hit in hits], "seconds": seconds}
+        return found(self.searcher.search(vector, feature, self.options(request, content)), start)
 
     def options(self, request: Request, content: dict | None = None) -> "Options":
         """How to search, by the URL's parameters and those of a JSON body. Raises BadRequest."""
@@ -280,6 +281,12 @@ def is_address(text: str) -> bool:
 
 def answered(content: dict) -> Response:
     return Response(json.dumps(content, allow_nan=False) + "\n", mimetype=JSON, headers={"Cache-Control": "no-store"})
+
+
+def found(hits: "list[Hit]", start: float) -> dict:
+    """What a search found, and the seconds since its start."""
+    seconds = round(time.perf_counter() - start, 4)
+    return {"hits": [vars(hit) | {"name": printable(hit.name)} for hit in hits], "seconds": seconds}
 
 
 def kept(response: Response, request: Request, tag: str) -> Response:

@@ -1,6 +1,7 @@
 """A small index without faiss and without a model, for tests of the page and its server."""
 
 import threading
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -70,8 +71,8 @@ class FakeSearcher:
 
     def of_id(self, image, options):
         position = self.store.position(image)
-        hits = self.search(self.vectors[position], self.features[position], options)
-        return [hit for hit in hits if hit.id != image]
+        hits = self.search(self.vectors[position], self.features[position], replace(options, k=options.k + 1))
+        return [hit for hit in hits if hit.id != image][: options.k]
 
 
 class FakeDecoder:

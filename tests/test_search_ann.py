@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import ROOT
+from helpers import ROOT, call, refused
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -275,3 +275,24 @@ def test_equal_scores_of_some_images_come_by_position():
     codewords, codes = unit_codewords(1, 2, 2), np.zeros((9, 1), dtype=np.uint8)
     _, found = ann.search_subset(codewords, codes, np.array([1, 3, 4, 8]), unit_queries(1, 1, 2), 3)
     assert found.tolist() == [[1, 3, 4]]
+
+
+# ---------------------------------------------------------------- the benchmark
+
+
+def test_the_benchmark_compares_the_same_search(finished, capsys):
+    run = finished / "checkpoints" / "small"
+    assert call("benchmark_search", run, "--images", 3000, "--queries", 7, "--repeats", 2) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].startswith("3000 codes of 2 numbers, K 64; 7 queries, 100 best each")
+    assert lines[0].endswith("medians of 2")
+    assert [line.split(":")[0].split("  ")[0] for line in lines[1:3]] == ["flat", "ivf64"]
+    assert [line[:20].strip() for line in lines[3:]] == ["aqs_scores + top-k", "flat", "ivf64, nprobe 16",
+                                                         "ivf64, nprobe 64"]  # fmt: skip
+    assert lines[-1].endswith("recall@100 1.0000")
+    assert " x aqs_scores + top-k, " in lines[-1]
+    assert call("benchmark_search", run, "--dry_run") == 0
+    assert capsys.readouterr().out.startswith("would search 1000000 codes like those of")
+    for flags in (["--images", "0"], ["--noise", "-1"], ["--repeats", "x"]):
+        assert flags[0][2:] in refused(capsys, "benchmark_search", run, *flags)
+    assert "config.json does not exist" in refused(capsys, "benchmark_search", run.parent)

@@ -81,8 +81,12 @@ def test_a_search_over_the_wire(server, folder):
 
 def test_a_body_in_chunks(server, folder):
     content = photo(folder.parent / "red.png")
-    status, _ = asked(server, "POST", "/search", iter([content[:9], content[9:]]), {"Content-Type": "image/png"})
-    assert status == 200
+    for parts, expected in (
+        ([content[:9], content[9:]], 200),
+        ([b"\0" * 200_000], 400),
+        ([b"\0" * 200_000, b"\0"], 413),
+    ):
+        assert asked(server, "POST", "/search", iter(parts), {"Content-Type": "image/png"})[0] == expected
 
 
 def test_a_gigabyte_is_refused_before_it_is_sent(server):
@@ -110,7 +114,7 @@ def test_a_chunk_without_an_end(server):
             client.sendall(lines(server, "Content-Type: image/jpeg", "Transfer-Encoding: chunked"))
             with contextlib.suppress(ConnectionError):
                 client.sendall(body)
-            assert received(client)[:12] in (b"HTTP/1.1 400", b"")
+            assert received(client)[:12] in (b"HTTP/1.1 400", b"HTTP/1.1 413", b"")
 
 
 def drip(client, content, seconds=0.1):
@@ -131,7 +135,7 @@ def test_slow_headers_and_slow_bodies_are_ended(server):
     with connected(server) as client:
         client.sendall(lines(server, "Content-Type: image/jpeg", "Content-Length: 1000"))
         assert drip(client, b"\0" * 200) < 3
-        assert received(client)[:12] in (b"HTTP/1.1 400", b"")
+        assert received(client)[:12] in (b"HTTP/1.1 400", b"HTTP/1.1 413", b"")
     wait_for(lambda: server.app.free._value == 24)
 
 

@@ -144,12 +144,11 @@ function showHits(hits) {
     image.addEventListener("error", () => image.replaceWith(element("span", "gone", "file is gone")));
     link.href = address({ like: hit.id });
     link.title = `${hit.name}, ${hit.width} × ${hit.height}`;
-    const caption = element("span", "caption"), name = element("span", "name"), cut = hit.name.lastIndexOf("/") + 1;
-    name.append(element("span", "folder", hit.name.slice(0, cut)), hit.name.slice(cut));
-    caption.append(name);
-    const score = hit.cosine ?? hit.score;
+    const caption = element("span", "caption"), cut = hit.name.lastIndexOf("/") + 1, score = hit.cosine ?? hit.score;
+    caption.append(element("span", "name", hit.name.slice(cut)));
     if (score !== null) caption.append(element("span", "score", score.toFixed(3)));
     link.append(image, caption);
+    if (cut) link.append(element("span", "folder", hit.name.slice(0, cut - 1)));
     item.append(link);
     return item;
   }));

@@ -21,8 +21,10 @@ class Batching:
         self.waiting: deque[tuple[np.ndarray, Future]] = deque()
 
     def encode(self, pixels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """An image `[3, S, S]` uint8 -> its query vector `[M d]` and its feature `[F]`, float32. Raises what the encoder
-        raises."""
+        """An image `[3, S, S]` uint8 -> its query vector `[M d]` and its feature `[F]`, float32.
+
+        Raises what the encoder raises.
+        """
         mine: Future = Future()
         self.waiting.append((pixels, mine))
         with self.lock:  # who gets it encodes for all who wait

@@ -72,6 +72,7 @@ class FakeSearcher:
     def of_id(self, image, options):
         position = self.store.position(image)
         hits = self.search(self.vectors[position], self.features[position], replace(options, k=options.k + 1))
+        self.asked[-1] = options
         return [hit for hit in hits if hit.id != image][: options.k]
 
 

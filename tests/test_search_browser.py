@@ -158,7 +158,9 @@ def test_drop_and_paste(page, red, how):
     page.evaluate(DROP, [content, f"{how}.png", how])
     wait_until_shown(page, f"Like {how}.png")
     assert page.is_hidden("#drop") and len(hits(page)) == 20
-    page.evaluate("document.body.dispatchEvent(new DragEvent('drop', {dataTransfer: new DataTransfer(), bubbles: true}))")
+    page.evaluate(
+        "document.body.dispatchEvent(new DragEvent('drop', {dataTransfer: new DataTransfer(), bubbles: true}))"
+    )
     page.wait_for_selector("text=What was dropped is no file")
 
 

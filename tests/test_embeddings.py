@@ -64,7 +64,7 @@ def metrics_of(folder):
 # ---------------------------------------------------------------- --normalize_features
 
 
-def test_features_are_centred_and_of_unit_length_before_the_projection():
+def test_features_are_centred_and_of_one_length_before_the_projection():
     method = method_of(config_of())
     method.backbone = PassThrough(512)
     names = set(method.state_dict())
@@ -75,7 +75,7 @@ def test_features_are_centred_and_of_unit_length_before_the_projection():
     method.centre_features(features.split(7))
     centred = features.numpy().astype(np.float64)
     centred -= centred.mean(axis=0)
-    centred /= np.linalg.norm(centred, axis=1, keepdims=True)
+    centred *= np.sqrt(512) / np.linalg.norm(centred, axis=1, keepdims=True)
     expected = method.project(torch.from_numpy(centred).float())
     torch.testing.assert_close(method(features), expected, atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(method.embed(features), expected, atol=1e-5, rtol=1e-5)
@@ -261,7 +261,7 @@ def test_codes_of_further_vectors_by_numpy_alone(finished, files):
     )
     M, _, d = C.shape
     x = np.load(files / "X.npy") - mean
-    z = (x / np.linalg.norm(x, axis=1, keepdims=True)) @ W.T + b
+    z = (np.sqrt(D) * x / np.linalg.norm(x, axis=1, keepdims=True)) @ W.T + b
     codes = np.einsum("nmd,mkd->nmk", z.reshape(-1, M, d), C / np.linalg.norm(C, axis=2, keepdims=True)).argmax(axis=2)
     order = np.random.RandomState(2021).permutation(N)
     assert (codes[np.sort(order[40:])] == np.load(finished / "db_codes.npy")).mean() > 0.999

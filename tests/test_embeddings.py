@@ -10,7 +10,7 @@ import faiss
 import numpy as np
 import pytest
 import torch
-from helpers import FROZEN, SMALL, Killed, before_step, config_of, killed_run, method_of, small_run
+from helpers import FROZEN, SMALL, Killed, before_step, call, config_of, killed_run, method_of, small_run
 from sklearn.metrics import average_precision_score
 
 import engine
@@ -308,6 +308,13 @@ def test_without_faiss_or_with_too_little_the_comparison_is_left_out(monkeypatch
     monkeypatch.setattr(evaluation.importlib.util, "find_spec", lambda name: None)
     assert evaluation.beside(None, {}, splits, None, None) == {}
     assert "pip install -r requirements-extra.txt" in caplog.text
+
+
+def test_a_report_has_no_gallery_of_embeddings(finished, capsys):
+    assert call("report", "run", "--output", finished.parent.parent) == 0
+    page = (finished / "report.html").read_text()
+    assert "Embeddings" in page
+    assert 'class="query"' not in page
 
 
 @pytest.mark.parametrize("flags", [["--method", "SPQ", "--head_only"], ["--method", "CIBHash"]])

@@ -107,7 +107,7 @@ FLAGS: dict[str, tuple[Flag, ...]] = {
         Flag("trainable_layer_num", 0, "result", "trained blocks of the backbone, from its end; vgg16: 0, 1 (fc7) or "
              "2 (fc6, fc7); from scratch: always all", not_negative),
         Flag("normalize_features", False, "result", "centre the frozen backbone's features by their mean over the "
-             "training images, and bring them to unit length, before anything is learned of them; in neither recipe"),
+             "training images and bring all to one length, before anything is learned of them; in neither recipe"),
         Flag("precision", "bf16", "features", "of the frozen part of the backbone; all that is learned is float32",
              choices=("bf16", "fp32")),
     ),

@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""The worth of --normalize_features: MAP with the backbone's features as they are, and centred and of unit length.
+"""The worth of --normalize_features: MAP with the backbone's features as they are, and centred and of one length.
 
 python -m experiments.normalized --datasets CIFAR10-II --bits 16 32 64 --seeds 2021 2022 2023 FLAGS
 
@@ -16,7 +16,7 @@ from utils import run_script
 if TYPE_CHECKING:
     import pandas as pd
 
-VARIANTS = {"as they are": {}, "centred, of unit length": {"normalize_features": True}}
+VARIANTS = {"as they are": {}, "centred, of one length": {"normalize_features": True}}
 
 
 def table(frame: "pd.DataFrame", dataset: str) -> "pd.DataFrame":

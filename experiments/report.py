@@ -267,7 +267,7 @@ def page(metrics: dict, configuration: Config, files: "Files", own: Namespace) -
     codes, _ = database_codes(files, configuration, labelled)
     body = head(metrics, configuration) + training_curves(metrics, configuration)
     body += result_curves(files, codes, config.code_shape(vars(configuration))[1], labelled)
-    if own.queries:
+    if own.queries and not DATASETS[configuration.dataset].vectors:
         body += gallery(metrics, configuration, files, own)
     return (
         '<!doctype html><html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, '

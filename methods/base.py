@@ -1,5 +1,6 @@
 """The interface of a method: all that the engine knows of what it trains, tests and saves."""
 
+import math
 from collections.abc import Iterable
 from pathlib import Path
 from typing import ClassVar
@@ -16,7 +17,7 @@ class Method(nn.Module):
     """A backbone and what is learned on it. A method implements `project`, `loss`, `codes` and `tables`.
 
     `M` and `K`: an image's code is M numbers from 0 to K - 1. `feature_mean`: what the backbone's features are centred
-    by before they are brought to unit length (`--normalize_features`), `[backbone.dim]`; None: they stay as they are.
+    by before all are brought to one length (`--normalize_features`), `[backbone.dim]`; None: they stay as they are.
 
     Args:
         backbone: see `methods.backbones.Backbone`.
@@ -49,10 +50,11 @@ class Method(nn.Module):
         self.feature_mean.copy_(sum(totals) / sum(counts))
 
     def normalized(self, features: Tensor) -> Tensor:
-        """Features `[B, backbone.dim]` as `project` takes them."""
+        """Features `[B, backbone.dim]` as `project` takes them: if normalised, of length sqrt(dim), so that a number is
+        about 1, as layers are initialised for; with those of unit length the projection's bias would outweigh them."""
         if self.feature_mean is None:
             return features
-        return F.normalize(features - self.feature_mean, dim=-1)
+        return math.sqrt(self.backbone.dim) * F.normalize(features - self.feature_mean, dim=-1)
 
     # ------------------------------------------------------------ training
 

@@ -206,7 +206,7 @@ def resolve_spq(values: dict, pretrained: bool) -> None:
     if pretrained and not values["head_only"]:
         raise InputError(
             f"--backbone {name}: SPQ trains a network of its own from scratch, --backbone resnet18_small; to learn its "
-            f"head and codebooks alone on the frozen features of {name}, add --head_only"
+            "head and codebooks alone on features that are frozen, add --head_only"
         )
     if values["head_only"] and (not pretrained or values["trainable_layer_num"]):
         raise InputError("--head_only: needs a pretrained --backbone, and --trainable_layer_num 0")

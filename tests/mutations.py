@@ -103,8 +103,7 @@ MUTATIONS: dict[str, tuple[Mutation, ...]] = {
         M("results.py", '{"map": maps and maps[ties], ', '{"map": metrics.map, ', "results", "kinds"),
         M("experiments/table1.py", 'Measure(key["topK"], key["ties"])', 'Measure(key["topK"], "database")', "baselines",
           "table_1"),
-        M("experiments/baselines.py", "array - mean, dtype", "array - array.mean(axis=0), dtype", "baselines",
-          "centred"),
+        M("vectors.py", "vectors - mean, dtype", "vectors - vectors.mean(axis=0), dtype", "baselines", "centred"),
     ),
     "views and loaders": (
         M("loaders.py", "sample_seed(self.seed, self.epoch))", "sample_seed(self.seed))", "loaders"),

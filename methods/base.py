@@ -84,6 +84,10 @@ class Method(nn.Module):
         code selects, larger is nearer."""
         raise NotImplementedError
 
+    def queries_of_codes(self, codes: Tensor) -> Tensor:
+        """Codes `[q, M]` -> what `tables` takes of queries of which nothing else is known."""
+        raise NotImplementedError
+
     def vectors(self, queries: Tensor) -> Tensor:
         """What `query` gave of q queries -> `[q, M d]`, for engines that search by inner products: those of its
         segments with `codewords_for_search` are `tables`. Here the tables themselves, d = K."""

@@ -89,6 +89,9 @@ class CIBHash(Method):
     def tables(self, queries: Tensor) -> Tensor:
         return retrieval.hamming_tables(queries)
 
+    def queries_of_codes(self, codes: Tensor) -> Tensor:
+        return codes
+
     def vectors(self, queries: Tensor) -> Tensor:
         """Bits as signs."""
         return retrieval.byte_signs(queries.device)[queries.long()].flatten(1)

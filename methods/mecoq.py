@@ -259,6 +259,11 @@ class MeCoQ(Method):
             return retrieval.symmetric_tables(queries, codewords)
         return retrieval.lookup_tables(queries, codewords, self.search.normalize_query)
 
+    def queries_of_codes(self, codes: Tensor) -> Tensor:
+        return (
+            codes if self.search.symmetric else retrieval.reconstruction(codes, self.quantizer.codewords()).flatten(1)
+        )
+
     def vectors(self, queries: Tensor) -> Tensor:
         """Segments; of unit length, if Eq. 16 has them so; the codewords that stand for them, if queries are quantized
         too."""

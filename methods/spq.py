@@ -124,6 +124,9 @@ class SPQ(Method):
         """Distances, not squared, and negative: larger is nearer."""
         return -self.quantizer.distances(queries)
 
+    def queries_of_codes(self, codes: Tensor) -> Tensor:
+        return retrieval.reconstruction(codes, self.quantizer.codebooks).flatten(1)
+
     def check_state(self, state: dict[str, Tensor], path: Path) -> None:
         codebooks = state.get("quantizer.codebooks")
         if codebooks is None or codebooks.dim() != 3 or "head.weight" not in state:

@@ -33,6 +33,7 @@ from werkzeug.routing import Map, Rule
 from werkzeug.wrappers import Request, Response
 
 from decoding import MOST_PIXELS
+from search.batching import Batching
 from search.store import printable
 from search.thumbnails import GoneError, Thumbnails
 from utils import LOG, one_line
@@ -80,11 +81,15 @@ class Limits:
 
 
 class Api:
-    """The application. Thread-safe."""
+    """The application. Thread-safe.
 
-    def __init__(self, searcher: "Searcher", decoder: "DecodingPool", limits: Limits) -> None:
-        self.searcher, self.store, self.decoder, self.limits = searcher, searcher.store, decoder, limits
-        self.thumbnails = Thumbnails(self.store, decoder)
+    Args:
+        decoder: of uploaded images, as the encoder takes them.
+    """
+
+    def __init__(self, searcher: "Searcher", decoder: "DecodingPool", thumbnails: Thumbnails, limits: Limits) -> None:
+        self.searcher, self.store, self.encoder = searcher, searcher.store, Batching(searcher.encoder)
+        self.decoder, self.thumbnails, self.limits = decoder, thumbnails, limits
         self.free = threading.BoundedSemaphore(limits.most_at_once)
         self.files = {place: (WEB / name).read_bytes() for place, (name, _) in FILES.items()}
         gets = {"/info": self.info, "/health": self.health, "/sample": self.sample, "/like/<id>": self.like,
@@ -193,17 +198,24 @@ class Api:
         if kind not in (JSON, FORM, "application/octet-stream") and not kind.startswith("image/"):
             raise UnsupportedMediaType("send an image as image/*, application/octet-stream or multipart/form-data, or "
                                        "a vector as application/json")  # fmt: skip
-        request.max_content_length = self.limits.most_bytes
         with self.slot():
-            try:
-                body = request.get_data(cache=False)
-            except RequestEntityTooLarge:
-                raise
-            except (BadRequest, OSError):
-                raise BadRequest("the request's body did not arrive whole and in time") from None
+            body = self.body(request)
             if kind == JSON:
                 return answered(self.of_json(request, body))
             return answered(self.of_image(request, file_of_form(request, body) if kind == FORM else body))
+
+    def body(self, request: Request) -> bytes:
+        """A request's body. Raises RequestEntityTooLarge, as soon as that is clear, and BadRequest."""
+        request.max_content_length = self.limits.most_bytes + 1  # a body in chunks would be cut off there
+        try:
+            body = request.get_data(cache=False)
+        except RequestEntityTooLarge:
+            raise
+        except (BadRequest, OSError):
+            raise BadRequest("the request's body did not arrive whole and in time") from None
+        if len(body) > self.limits.most_bytes:
+            raise RequestEntityTooLarge
+        return body
 
     def of_image(self, request: Request, content: bytes) -> dict:
         options = self.options(request)
@@ -215,7 +227,8 @@ class Api:
                 raise RequestEntityTooLarge(f"too large: it {decoded.reason}")
             raise BadRequest(f"not an image that can be used: it {decoded.reason}")
         size = {"query": {"id": None, "name": None, "width": decoded.size[0], "height": decoded.size[1]}}
-        return size | self.found(lambda: self.searcher.of_pixels(decoded.pixels, options))
+        vector, feature = self.encoder.encode(decoded.pixels)
+        return size | self.found(lambda: self.searcher.search(vector, feature, options))
 
     def of_json(self, request: Request, body: bytes) -> dict:
         try:
@@ -323,7 +336,7 @@ def numbers(values: object, size: int, name: str) -> np.ndarray:
 def file_of_form(request: Request, body: bytes) -> bytes:
     """The one file of a form. Raises BadRequest."""
     options = parse_options_header(request.content_type)[1]
-    parser = FormDataParser(lambda *_: BytesIO(), max_form_memory_size=2**16, max_form_parts=8, silent=False)
+    parser = FormDataParser(lambda **_: BytesIO(), max_form_memory_size=2**16, max_form_parts=8, silent=False)
     try:
         files = list(parser.parse(BytesIO(body), FORM, len(body), options)[2].values())
     except ValueError:

@@ -25,10 +25,11 @@ BODY_SECONDS = 10.0  # and one second more for every SLOWEST bytes that arrived
 SLOWEST = 2**16  # bytes per second
 SEND_SECONDS = 30.0
 LINGER_SECONDS = 2.0  # a client that still sends when it is answered would otherwise lose the answer
+BUSY_BODY = b'{"error": "too many connections: try again"}\n'
 BUSY = (
-    b"HTTP/1.1 503 Service Unavailable\r\nContent-Type: application/json\r\nContent-Length: 43\r\nRetry-After: 1\r\n"
-    b'Connection: close\r\n\r\n{"error": "too many connections: try again"}'
-)
+    b"HTTP/1.1 503 Service Unavailable\r\nContent-Type: application/json\r\nContent-Length: %d\r\nRetry-After: 1\r\n"
+    b"Connection: close\r\n\r\n%s"
+) % (len(BUSY_BODY), BUSY_BODY)
 
 
 class Stream(io.RawIOBase):
@@ -141,7 +142,7 @@ def listening(host: str, port: int) -> socket.socket:
     """A socket that listens there. Raises InputError if it cannot."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     try:
-        return socket.create_server((host, port), family=family, backlog=MOST_CONNECTIONS)
+        return socket.create_server((host, port), family=family, backlog=128)
     except (OSError, OverflowError, UnicodeError) as error:
         reason = getattr(error, "strerror", None) or one_line(error)
         raise InputError(f"cannot listen at {host} port {port} ({reason}): name another --port or --host") from error

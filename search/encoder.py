@@ -97,6 +97,12 @@ class Encoder:
         return Encoded(codes.astype(np.uint8 if self.K <= 256 else np.uint16), features, vectors)
 
     @torch.inference_mode()
+    def vectors_of(self, codes: np.ndarray) -> np.ndarray:
+        """Codes `[n, M]` -> the vectors `[n, M d]` that search for images like those of which they are the codes."""
+        queries = self._method.queries_of_codes(torch.from_numpy(codes.astype(np.int32)).to(self.device))
+        return self._method.vectors(queries).cpu().numpy()
+
+    @torch.inference_mode()
     def _encode(self, pixels: np.ndarray) -> tuple[np.ndarray, ...]:
         """Codes, features and vectors of at most as many images as are encoded at a time."""
         S, method, n = self.image_size, self._method, len(pixels)
@@ -104,7 +110,7 @@ class Encoder:
             raise ValueError(f"images are {pixels.dtype} {pixels.shape}, not uint8 [B, 3, {S}, {S}]")
         if n == 0:
             pixels = np.zeros((1, 3, S, S), dtype=np.uint8)
-        images = transforms.from_bytes(torch.from_numpy(pixels).to(self.device).float(), self._normalized)
+        images = transforms.from_bytes(torch.tensor(pixels, device=self.device).float(), self._normalized)
         images = filled(images, self._rows)
         features = method.backbone.suffix(prefix_features(method.backbone, images).float())
         z = method.project(features)

@@ -115,12 +115,17 @@ def main(argv: list[str] | None = None) -> None:
         from search.connections import Server
         from search.decode import DecodingPool
         from search.searcher import Searcher
+        from search.thumbnails import SIDE, Thumbnails, decode_square
 
         searcher = Searcher(own.index, own.device)
         size, workers = searcher.encoder.image_size, worker_count(own.num_workers)
-        with DecodingPool(size, workers, DECODE_SECONDS) as decoder:
+        with (
+            DecodingPool(size, workers, DECODE_SECONDS) as decoder,
+            DecodingPool(SIDE, 1, DECODE_SECONDS, decode_square) as thumbnails,
+        ):
             port = listener.getsockname()[1]
-            server = Server(listener, Api(searcher, decoder, limits_of(own, port)), own.most_bytes)
+            api = Api(searcher, decoder, Thumbnails(searcher.store, thumbnails), limits_of(own, port))
+            server = Server(listener, api, own.most_bytes)
             where = f"http://{bracketed(own.host)}:{port}/"
             with until_stopped(server):
                 print(f"{len(searcher.store.ids):,} images of {own.index} at {where} (Ctrl-C ends it)", flush=True)

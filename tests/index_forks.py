@@ -1,9 +1,9 @@
 """Runs `python -m search index` in one forked process after the other, with an encoder and a decoder that cost nothing;
-kills it at a given moment. Speaks lines of JSON as `forks.py` does: {"argv": [...], "kill": seconds or null}."""
+sends it a signal at a given moment. Speaks lines of JSON as `forks.py` does: {"argv": [...], "kill": seconds or null,
+"number": the signal's}."""
 
 import json
 import os
-import signal
 import sys
 import tempfile
 import time
@@ -134,7 +134,7 @@ def run(request):
             child(request["argv"], folder)
         if request["kill"] is not None:
             time.sleep(request["kill"])
-            os.kill(pid, signal.SIGKILL)
+            os.kill(pid, request["number"])
         _, status = os.waitpid(pid, 0)
         seconds = time.monotonic() - start
         out, err = ((folder / name).read_text() if (folder / name).exists() else "" for name in ("out", "err"))

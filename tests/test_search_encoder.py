@@ -52,6 +52,17 @@ def test_vectors_and_codewords_give_the_scores_of_the_tables(name):
     torch.testing.assert_close(scores, expected, atol=1e-5, rtol=0)
 
 
+@pytest.mark.parametrize("name", METHODS)
+def test_a_code_stands_for_a_query_that_is_nearest_to_that_code(name):
+    method = METHODS[name]().eval()
+    with torch.inference_mode():
+        codes = method.codes(method(3 * torch.randn(50, 12)))
+        scores = retrieval.aqs_scores(method.tables(method.queries_of_codes(codes)), codes)
+    assert (scores.diagonal() >= scores.max(dim=1).values - 1e-5).all()
+    same = (codes[:, None] == codes).all(dim=2)
+    assert (scores[~same] < scores.diagonal()[:, None].expand_as(scores)[~same] - 1e-6).all()
+
+
 # ---------------------------------------------------------------- a run's folder
 
 RUNS = {

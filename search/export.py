@@ -231,6 +231,7 @@ def write_parquet(store: "Store", path: Path) -> None:
     import pyarrow.parquet as pq
 
     from search.store import printable
+    from search.writing import stored_features
 
     codes = store.codes()
     columns = [("id", pa.int64()), ("name", pa.string()), ("width", pa.int32()), ("height", pa.int32())]
@@ -245,7 +246,7 @@ def write_parquet(store: "Store", path: Path) -> None:
             arrays = [pa.array(ids), pa.array(map(printable, names))]
             arrays += [pa.array(widths, pa.int32()), pa.array(heights, pa.int32()), as_binary(codes[part])]
             if store.has_features:
-                arrays.append(as_binary(as_int8(store.features(np.arange(len(store.ids))[part]))))
+                arrays.append(as_binary(stored_features(store.features(np.arange(len(store.ids))[part]), "int8")))
             writer.write_batch(pa.record_batch(arrays, schema=schema))
     print(f"{path}: {len(store.ids):,} images, {path.stat().st_size / 1e6:.1f} MB")
 
@@ -257,9 +258,3 @@ def as_binary(rows: np.ndarray) -> "pa.Array":
     rows = np.ascontiguousarray(rows, rows.dtype.newbyteorder("<"))
     width = rows.shape[1] * rows.itemsize
     return pa.Array.from_buffers(pa.binary(width), len(rows), [None, pa.py_buffer(rows)])
-
-
-def as_int8(features: np.ndarray) -> np.ndarray:
-    """Features `[k, F]` as an index keeps them: each row's largest number is 127 or -127."""
-    largest = np.abs(features).max(axis=1, keepdims=True)
-    return np.rint(127 * features / np.maximum(largest, np.finfo(np.float32).tiny)).astype(np.int8)

@@ -402,6 +402,28 @@ MUTATIONS: dict[str, tuple[Mutation, ...]] = {
         M("search/parts.py", "if not writer.holds(stretch.images[0][0]):", "if True:", "search_index", "joined"),
         M("search/decode.py", "if crashes == 2:", "if crashes == 1:", "search_decode", "in_order or idle"),
     ),
+    "search of codes and features": (
+        M("search/ann.py", "index.by_residual, index.nprobe = False,", "index.by_residual, index.nprobe = True,",
+          "search_ann", "brute_force"),
+        M("search/ann.py", "numbers // K**i % K", "numbers // K ** (group - 1 - i) % K", "search_ann", "tables"),
+        M("search/ann.py", "sums / np.maximum(sizes, 1)", "clustering.centroids", "search_ann", "negative"),
+        M("search/ann.py", "np.lexsort((positions, -scores, positions < 0))", "np.argsort(-scores, axis=1)",
+          "search_ann", "position"),
+        M("search/ann.py", "faiss.IO_FLAG_MMAP_IFC", "0", "search_ann", "next_to_nothing"),
+        M("search/ann.py", "scores >= np.partition", "scores > np.partition", "search_ann", "some_of_the"),
+        M("search/searcher.py", "max(options.k, options.rerank) if reranked", "options.rerank if reranked",
+          "search_searcher", "reranked"),
+        M("search/searcher.py", "np.lexsort((positions, -cosines))", "np.argsort(cosines)", "search_searcher",
+          "by_features"),
+        M("search/searcher.py", "ids = self.store.ids[positions].tolist()", "ids = positions.tolist()",
+          "search_searcher", "by_features"),
+        M("search/searcher.py", "None if itself else int(position[0])", "None", "search_searcher", "by_its_id"),
+        M("search/encoder.py", "filled(images, self._rows)", "images", "search_encoder", "batch"),
+        M("search/duplicates.py", "(near & (neighbours >= 0) ", "(near ", "search_query", "alone"),
+        M("search/query.py", "    name = html.escape(name)\n", "", "search_query", "page"),
+        M("methods/spq.py", "retrieval.reconstruction(codes, self.quantizer.codebooks)",
+          "retrieval.reconstruction(codes, -self.quantizer.codebooks)", "search_encoder", "stands_for"),
+    ),
 }  # fmt: skip
 
 ROWS = [mutation for rows in MUTATIONS.values() for mutation in rows]

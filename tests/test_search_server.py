@@ -3,17 +3,22 @@
 import contextlib
 import json
 import os
+import re
 import signal
 import socket
+import subprocess
+import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from http.client import HTTPConnection
 from http.server import HTTPServer
+from types import SimpleNamespace
 
 import pytest
-from helpers import wait_for
+from helpers import HOSTILE, ROOT, wait_for
 from search_fakes import D, fake_api, photo
+from search_small import NAMES, write_index
 
 from search import connections
 from search.connections import Server, Stream, listening
@@ -240,3 +245,38 @@ def test_a_signal_ends_the_server(folder):
                 HTTPServer.serve_forever(server, 0.02)
     server.server_close()
     assert signal.getsignal(signal.SIGTERM) == before
+
+
+@pytest.mark.skipif(not HOSTILE, reason="starts the command four times: MECOQ_HOSTILE=1")
+def test_the_command_on_an_index(finished, tmp_path):
+    index = write_index(tmp_path, finished / "checkpoints" / "small")
+    command = [sys.executable, "-m", "search", "serve", str(index), "--num_workers", "1"]
+    with subprocess.Popen(
+        [*command, "--port", "0"], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    ) as process:
+        line = process.stdout.readline().decode()
+        port = int(re.fullmatch(rf"60 images of {re.escape(str(index))} at http://127\.0\.0\.1:(\d+)/ .*\n", line)[1])
+        running = SimpleNamespace(port=port)
+        content = (tmp_path / "photos" / NAMES[7]).read_bytes()
+        status, body = asked(running, "POST", "/search?k=3", content, {"Content-Type": "image/jpeg"})
+        hits = json.loads(body)["hits"]
+        assert status == 200 and hits[0]["name"] == NAMES[7] and hits[0]["cosine"] > 0.999
+        status, body = asked(running, "GET", f"/thumb/{hits[0]['id']}")
+        assert status == 200 and body[:2] == b"\xff\xd8"
+        assert hits[0]["id"] not in {
+            hit["id"] for hit in json.loads(asked(running, "GET", f"/like/{hits[0]['id']}")[1])["hits"]
+        }
+        taken = subprocess.run([*command, "--port", str(port)], cwd=ROOT, capture_output=True, text=True, check=False)
+        assert taken.returncode == 2 and re.fullmatch(
+            r"error: cannot listen at .*name another --port.*\n", taken.stderr
+        )
+        process.terminate()
+        rest, errors = process.communicate(timeout=60)
+        assert (process.returncode, rest, errors) == (0, b"stopped\n", b"")
+    (index / "codes" / "00000.npy").write_bytes(b"x")
+    damaged = subprocess.run([*command, "--port", "0"], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert damaged.returncode == 2 and re.fullmatch(r"error: .*00000\.npy is damaged.*\n", damaged.stderr)
+    beyond = subprocess.run(
+        [*command, "--port", "0", "--host", "0.0.0.0"], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    assert beyond.stderr.startswith("WARNING: whoever reaches 0.0.0.0 can search") and beyond.stderr.count("\n") == 2

@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from methods.base import Method
 
 FORMAT = 1  # to be raised with every change of what a trial gives
+EVERY = 5  # one of so many queries counts: ranking is most of the time
 VIEW_EPOCHS = 8  # of the training's views, two per epoch and image
 # the data sets -> flags that differ from those that the head has anyway: the published script's, or main.py's
 HEADS: dict[str, dict[str, object]] = {
@@ -85,7 +86,8 @@ def turned(pixels: "np.ndarray", seed: int) -> "np.ndarray":
 
 
 def backbone_features(configuration: Config, shared: "Shared") -> "Splits":
-    """The features of images, `[n, F]`; views: those of the augmented training images, `[n, 2 VIEW_EPOCHS, F]`."""
+    """The features of images, `[n, F]`; views: those of the augmented training images, `[n, 2 VIEW_EPOCHS, F]`.
+    Every fifth query."""
     import numpy as np
     import torch
 
@@ -97,6 +99,7 @@ def backbone_features(configuration: Config, shared: "Shared") -> "Splits":
         for name, images in shared.splits.all.items()
     }
     parts["train"] = replace(parts["train"], views=cached_views(configuration, shared))
+    parts["query"] = parts["query"].subset(np.arange(0, len(parts["query"]), EVERY))
     return replace(shared.splits, **parts)
 
 

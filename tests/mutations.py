@@ -442,6 +442,17 @@ MUTATIONS: dict[str, tuple[Mutation, ...]] = {
         M("methods/spq.py", "retrieval.reconstruction(codes, self.quantizer.codebooks)",
           "retrieval.reconstruction(codes, -self.quantizer.codebooks)", "search_encoder", "stands_for"),
     ),
+    "page": (
+        M("search/api.py", "if len(body) > self.limits.most_bytes:", "if False:", "search_server", "chunks"),
+        M("search/api.py", "if not self.is_ours(request.environ.get(\"HTTP_HOST\", \"\")):", "if False:",
+          "search_serve", "hosts"),
+        M("search/api.py", "if origin is not None and not", "if False and not", "search_serve", "sites"),
+        M("search/api.py", "            self.free.release()", "            pass", "search_serve", "free"),
+        M("search/api.py", "and abs(value) <= LARGEST", "", "search_serve", "vectors"),
+        M("search/connections.py", "min(len(buffer), self.bytes_left)", "len(buffer)", "search_server", "stream"),
+        M("search/connections.py", "        if seconds <= 0:", "        if False:", "search_server", "stream"),
+        M("search/thumbnails.py", "image, found.st_size, found.st_mtime_ns", "image", "search_serve", "thumbnails"),
+    ),
 }  # fmt: skip
 
 ROWS = [mutation for rows in MUTATIONS.values() for mutation in rows]

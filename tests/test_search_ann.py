@@ -138,14 +138,14 @@ def test_lists_are_the_same_for_any_number_of_threads_and_others_for_another_see
     codewords, codes, vectors = clustered
     threads, built = faiss.omp_get_max_threads(), []
     try:
-        for number in (1, 2, 3):
+        for number in (1, 3):
             faiss.omp_set_num_threads(number)
             index = ann.build_ivf(codewords, codes, 64)
             found = b"".join(array.tobytes() for array in ann.search(index, vectors, 50, nprobe=5))
             built.append((faiss.serialize_index(index).tobytes(), found))
     finally:
         faiss.omp_set_num_threads(threads)
-    assert built[0] == built[1] == built[2]
+    assert built[0] == built[1]
     assert faiss.serialize_index(ann.build_ivf(codewords, codes, 64, seed=1)).tobytes() != built[0][0]
 
 
@@ -231,14 +231,14 @@ print(resident() - before, index.ntotal)
 @pytest.mark.parametrize("kind", ["flat", "ivf"])
 def test_opening_reads_next_to_nothing(kind, tmp_path):
     codewords, small, large = unit_codewords(4, 256, 4), tmp_path / "small", tmp_path / "large"
-    for path, n in ((small, 10), (large, 3_000_000)):
+    for path, n in ((small, 10), (large, 1_500_000)):
         codes = codes_of(n, 4, 256)
         ann.write(ann.build_flat(codewords, codes) if kind == "flat" else ann.build_ivf(codewords, codes, 16), path)
     run = [sys.executable, "-c", OPENING, small, large]
     megabytes, n = subprocess.run(run, cwd=ROOT, check=True, capture_output=True, text=True).stdout.split()
-    assert large.stat().st_size > 12e6
-    assert float(megabytes) < 5
-    assert int(n) == 3_000_000
+    assert large.stat().st_size > 5.9e6
+    assert float(megabytes) < 3
+    assert int(n) == 1_500_000
 
 
 @pytest.mark.parametrize("content", [None, b"", b"no index", b"IxPq" + bytes(100)])

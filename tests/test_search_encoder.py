@@ -80,9 +80,11 @@ def run(request, tmp_path_factory, weights):
     """A trained model's folder and its configuration."""
     import main
 
+    if request.param == "MeCoQ":
+        return request.getfixturevalue("finished") / "checkpoints" / "small", config_of(*LIVELY)
     output = tmp_path_factory.mktemp("run")
-    if request.param in ("MeCoQ", "bf16"):
-        flags = [*RUNS[request.param], *(["--weights", weights] if request.param == "bf16" else [])]
+    if request.param == "bf16":
+        flags = [*RUNS["bf16"], "--weights", weights]
         return small_run(output, *flags), config_of(*flags)
     flags = [*COMMON, *RUNS[request.param]]
     assert main.main([*flags, "--output", str(output)]) == 0

@@ -22,6 +22,7 @@ from config import key, parse
 from loaders import ShuffledBatches
 from methods.backbones import PassThrough
 from retrieval import Measure
+from utils import run_script
 from vectors import VectorPairs, Vectors, mean_of, nearest, unit
 
 N, D = 400, 12
@@ -410,3 +411,57 @@ def test_vectors_are_read_block_by_block_in_any_floating_point(files, monkeypatc
 def test_a_flag_that_has_no_place_is_recorded_as_what_holds(files):
     config = parse([*FLAGS, *flags_of(files, "X")])
     assert (config.backbone, config.weights, config.normalize_features) == ("none", "none", True)
+
+
+# ---------------------------------------------------------------- the tables
+
+
+def test_the_table_has_every_method_and_is_made_once(tmp_path, monkeypatch, capsys):
+    from experiments import embeddings
+
+    monkeypatch.setattr(embeddings, "HEADS", {"Digits": {"epoch_num": 1, "topK": 20}})
+    given = ["--datasets", "Digits", "--bits", "16", "--seeds", "1", "--limit", "300", f"--results={tmp_path}",
+             f"--trials={tmp_path}/trials", f"--view_cache={tmp_path}/views"]  # fmt: skip
+    assert run_script(lambda: embeddings.main(given)) == 0
+    table = (tmp_path / "embeddings.md").read_text().splitlines()[4:]
+    names = [line.split("|")[1].strip() for line in table]
+    assert names == ["exact search", "PQ", "OPQ", "PCA+OPQ", "head, neighbours", "head, views"]
+    (trial,) = (tmp_path / "trials").glob("*.json")
+    rows = json.loads(trial.read_text())["result"]["rows"]
+    assert f"{100 * rows['OPQ']['recall']:.2f}" in table[2]
+    monkeypatch.setattr(embeddings, "compared", None)
+    assert run_script(lambda: embeddings.main(given)) == 0
+    capsys.readouterr()
+    assert run_script(lambda: embeddings.main(["--datasets", "Flickr25K"])) == 2
+    assert "--datasets Flickr25K: there are Digits here" in capsys.readouterr().err
+
+
+def test_digits_views_are_those_of_their_own_digit():
+    from experiments import embeddings
+
+    splits = embeddings.digits(config_of("--limit", "100"))
+    x, views = splits.train.array, splits.train.views
+    assert views.shape == (100, 16, 64)
+    nearest_digit = np.linalg.norm(views[:, :, None] - x, axis=-1).argmin(axis=2)
+    assert (nearest_digit == np.arange(100)[:, None]).mean() > 0.7
+    np.testing.assert_array_equal(views, embeddings.turned(x, 2021))
+    assert not np.array_equal(views, embeddings.turned(x, 1))
+
+
+def test_cached_views_are_in_the_images_order(weights, tmp_path, monkeypatch):
+    """Each equals the features of the view that the run's own loader makes of that image."""
+    from experiments import embeddings, sweep
+
+    monkeypatch.setattr(embeddings, "VIEW_EPOCHS", 2)
+    configuration = config_of(*FROZEN, "--weights", weights)
+    shared = sweep.Shared(configuration, tmp_path)
+    splits = embeddings.backbone_features(configuration, shared)
+    assert (len(splits.query), splits.train.views.shape) == (12, (60, 4, 512))
+    loader = engine.build_loader(configuration, shared.splits)
+    for epoch in range(2):
+        loader.set_epoch(epoch)
+        for batch, made in zip(loader.batches, loader, strict=True):
+            first, second = shared.backbone(made).chunk(2)
+            for k, (image, _) in enumerate(batch):
+                found = splits.train.views[image, 2 * epoch : 2 * epoch + 2]
+                np.testing.assert_allclose(found, torch.stack([first[k], second[k]]), rtol=1e-3, atol=1e-2)

@@ -332,6 +332,8 @@ def check(values: Mapping[str, Any]) -> None:
         raise InputError(
             f"--trainable_layer_num {values['trainable_layer_num']}: {name} has {backbone.trainable} blocks to train"
         )
+    if (name == "none") != (values["dataset"] == "Embeddings"):
+        raise InputError(f"--backbone {name}: none is for --dataset Embeddings, all others have images")
     if values["image_size"] < backbone.smallest:
         raise InputError(f"--image_size {values['image_size']}: {name} needs at least {backbone.smallest}")
     if values["normalize_features"] and (values["trainable_layer_num"] or not backbone.pretrained):

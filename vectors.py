@@ -150,8 +150,6 @@ def resolve_flags(values: dict, backbone: str) -> None:
         given = [name for name in ("embeddings", "embedding_views", "embedding_labels") if values[name] is not None]
         if given:
             raise InputError(f"--{given[0]}: goes with --dataset Embeddings")
-        if values["backbone"] == "none":
-            raise InputError("--backbone none: for --dataset Embeddings, all others have images")
         return
     if values["embeddings"] is None:
         raise InputError("--dataset Embeddings: name them, with --embeddings X.npy")

@@ -19,9 +19,10 @@ from typing import TYPE_CHECKING
 import config
 from config import Config
 from data import DATASETS
-from experiments import flags, published
+from experiments import published
 from experiments.curves import result_curves, training_curves
 from methods import BACKBONES, METHODS
+from packages import need
 from utils import (
     InputError,
     Parser,
@@ -292,7 +293,7 @@ def build_parser() -> Parser:
 
 def main(argv: list[str] | None = None) -> None:
     own = build_parser().parse_args(argv)
-    flags.need("matplotlib")
+    need("matplotlib")
     if own.queries < 0:
         raise InputError("--queries must not be negative")
     folder = own.output / "checkpoints" / own.notes

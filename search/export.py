@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from packages import need
 from utils import (
     InputError,
     Parser,
@@ -64,20 +65,20 @@ def build_parser() -> Parser:
 def main(argv: list[str] | None = None) -> None:
     """Write what the flags ask for. Raises InputError or RunError."""
     own = build_parser().parse_args(argv)
-    names = planned(own)
+    names = planned(own.onnx, own.faiss, own.parquet)
     if own.dry_run:
         print("\n".join(f"would write {own.output / name}" for name in names))
         return
-    need(own)
+    need(*["onnx", "onnxscript"] * own.onnx, *["faiss"] * bool(own.faiss), *["pyarrow"] * own.parquet)
     with naming_lack_of_memory():
         run(own, names)
 
 
-def planned(own: Namespace) -> list[str]:
+def planned(onnx: bool, kind: str | None, parquet: bool) -> list[str]:
     """The names of the files to write. Raises InputError if there are none."""
-    names = ["model.onnx"] * own.onnx
-    names += [f"{own.faiss}.faiss", "names.csv"] if own.faiss else []
-    names += ["images.parquet"] * own.parquet
+    names = ["model.onnx"] * onnx
+    names += [f"{kind}.faiss", "names.csv"] if kind else []
+    names += ["images.parquet"] * parquet
     if not names:
         raise InputError("nothing to export: give --onnx, --faiss KIND or --parquet")
     return names
@@ -112,14 +113,6 @@ def check_kind(kind: str | None, codewords: int) -> None:
             f"--faiss fastscan: takes codebooks of 16 codewords, these have {codewords}; train with --K 16 and twice "
             "the --M for codes of as many bytes as by 256 codewords, or export --faiss flat"
         )
-
-
-def need(own: Namespace) -> None:
-    """Raise InputError if a package is missing that these flags need."""
-    wanted = ["onnx", "onnxscript"] * own.onnx + ["faiss"] * bool(own.faiss) + ["pyarrow"] * own.parquet
-    for package in wanted:
-        if importlib.util.find_spec(package) is None:
-            raise InputError(f"{package} is needed: pip install -r requirements-extra.txt")
 
 
 # ---------------------------------------------------------------- the model

@@ -27,6 +27,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from packages import need
 from search.store import printable
 from utils import InputError, Parser, atomic_write, check_regular, naming_lack_of_memory
 
@@ -64,6 +65,7 @@ def build_parser() -> Parser:
 def parse(argv: list[str] | None) -> Namespace:
     """The flags. Raises InputError if a value makes no sense."""
     args = build_parser().parse_args(argv)
+    need("faiss")
     for name, (least, most) in COUNTS.items():
         if not least <= getattr(args, name) <= most:
             flag = f"-{name}" if len(name) == 1 else f"--{name}"

@@ -8,7 +8,6 @@ docs/search_api.md, and /schema while it runs. Ctrl-C, or SIGTERM, ends it.
 """
 
 import argparse
-import importlib.util
 import ipaddress
 import signal
 import sys
@@ -19,6 +18,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from packages import need
 from utils import InputError, Parser, run_script, worker_count
 
 if TYPE_CHECKING:
@@ -50,8 +50,7 @@ def build_parser() -> Parser:
 
 def check(own: Namespace) -> None:
     """Raise InputError if the flags make no sense, or a package is missing."""
-    if importlib.util.find_spec("werkzeug") is None:
-        raise InputError("werkzeug is needed: pip install -r requirements-extra.txt")
+    need("werkzeug", "faiss")
     if not 0 <= own.port < 2**16:
         raise InputError("--port must be from 0 to 65535")
     for name in ("num_workers", "most_at_once", "most_bytes"):

@@ -2,6 +2,7 @@
 
 import base64
 import csv
+import importlib.util
 import io
 import json
 import os
@@ -153,6 +154,13 @@ def test_wrong_flags_are_refused_in_a_line(flags, words, asked):
     assert (code, output) == (2, "")
     assert errors.count("\n") == 1
     assert words in errors
+
+
+@pytest.mark.parametrize("words", [["index", "p", "-o", "x"], ["query", "x", "y"], ["duplicates", "x"], ["serve", "x"]])
+def test_without_faiss_it_is_said_what_to_install(words, monkeypatch, capsys):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: name != "faiss" or None)
+    assert run_script(lambda: command.main(words)) == 2
+    assert capsys.readouterr().err == "error: faiss is needed: pip install -r requirements-extra.txt\n"
 
 
 def test_a_folder_that_holds_no_image(asked, photos):

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from packages import need
-from search.query import show
+from photos import say
 from search.store import printable
 from utils import InputError, Parser, atomic_write, check_regular, naming_lack_of_memory, progress_bar
 
@@ -66,7 +66,7 @@ def main(argv: list[str] | None = None) -> None:
     """List the pairs. Raises InputError if the index cannot be used."""
     args = parse(argv)
     if args.dry_run:
-        show(f"would list pairs of images of {args.index} in {args.output or 'standard output'}")
+        say(f"would list pairs of images of {args.index} in {args.output or 'standard output'}")
         return
     if args.output:
         check_regular(args.output)
@@ -82,9 +82,9 @@ def main(argv: list[str] | None = None) -> None:
     if args.output:
         with atomic_write(args.output) as file:
             file.write(text.encode())
-        show(f"{args.output}: {len(positions)} pairs")
+        say(f"{args.output}: {len(positions)} pairs")
     else:
-        show(text.rstrip("\n"))
+        say(text.rstrip("\n"))
 
 
 def alike(searcher: "Searcher", above: float, candidates: int, nprobe: int) -> Pairs:

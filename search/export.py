@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from packages import need
+from photos import say
 from utils import (
     InputError,
     Parser,
@@ -67,7 +68,7 @@ def main(argv: list[str] | None = None) -> None:
     own = build_parser().parse_args(argv)
     names = planned(own.onnx, own.faiss, own.parquet)
     if own.dry_run:
-        print("\n".join(f"would write {own.output / name}" for name in names))
+        say("\n".join(f"would write {own.output / name}" for name in names))
         return
     need(*["onnx", "onnxscript"] * own.onnx, *["faiss"] * bool(own.faiss), *["pyarrow"] * own.parquet)
     with naming_lack_of_memory():
@@ -135,7 +136,7 @@ def write_onnx(store: "Store", path: Path) -> None:
         said = f"differs from PyTorch by {difference:.1e} of the largest number"
     with atomic_write(path) as file:
         file.write(content)
-    print(f"{path}: {len(content) / 1e6:.1f} MB, images [n, 3, {image_size}, {image_size}]; {said}")
+    say(f"{path}: {len(content) / 1e6:.1f} MB, images [n, 3, {image_size}, {image_size}]; {said}")
 
 
 # ---------------------------------------------------------------- the codes
@@ -152,7 +153,7 @@ def write_faiss(store: "Store", kind: str, path: Path) -> None:
     index = faiss_index(codewords, store.codes(), store.ids, kind)
     with atomic_write(path) as file:
         faiss.write_index(index, faiss.PyCallbackIOWriter(file.write))
-    print(f"{path}: {index.ntotal:,} images, {path.stat().st_size / 1e6:.1f} MB; vectors of {index.d} numbers")
+    say(f"{path}: {index.ntotal:,} images, {path.stat().st_size / 1e6:.1f} MB; vectors of {index.d} numbers")
 
 
 def faiss_index(codewords: np.ndarray, codes: np.ndarray, ids: np.ndarray, kind: str) -> "faiss.Index":
@@ -214,7 +215,7 @@ def write_names(store: "Store", path: Path) -> None:
         for part in parts(store):
             ids = store.ids[part]
             writer.writerows(zip(ids.tolist(), map(printable, store.names(ids)), strict=True))
-    print(f"{path}: {len(store.ids):,} names")
+    say(f"{path}: {len(store.ids):,} names")
 
 
 def write_parquet(store: "Store", path: Path) -> None:
@@ -241,7 +242,7 @@ def write_parquet(store: "Store", path: Path) -> None:
             if store.has_features:
                 arrays.append(as_binary(stored_features(store.features(np.arange(len(store.ids))[part]), "int8")))
             writer.write_batch(pa.record_batch(arrays, schema=schema))
-    print(f"{path}: {len(store.ids):,} images, {path.stat().st_size / 1e6:.1f} MB")
+    say(f"{path}: {len(store.ids):,} images, {path.stat().st_size / 1e6:.1f} MB")
 
 
 def as_binary(rows: np.ndarray) -> "pa.Array":

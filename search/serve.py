@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from packages import need
+from photos import say
 from utils import InputError, Parser, run_script, worker_count
 
 if TYPE_CHECKING:
@@ -101,7 +102,7 @@ def main(argv: list[str] | None = None) -> None:
     own = build_parser().parse_args(argv)
     check(own)
     if own.dry_run:
-        print(f"would serve {own.index} at http://{bracketed(own.host)}:{own.port}/, up to {own.most_at_once} searches "
+        say(f"would serve {own.index} at http://{bracketed(own.host)}:{own.port}/, up to {own.most_at_once} searches "
               f"at once, images of up to {own.most_bytes:,} bytes")  # fmt: skip
         return
     from search.connections import listening
@@ -127,7 +128,7 @@ def main(argv: list[str] | None = None) -> None:
             server = Server(listener, api, own.most_bytes)
             where = f"http://{bracketed(own.host)}:{port}/"
             with until_stopped(server):
-                print(f"{len(searcher.store.ids):,} images of {own.index} at {where} (Ctrl-C ends it)", flush=True)
+                say(f"{len(searcher.store.ids):,} images of {own.index} at {where} (Ctrl-C ends it)")
                 server.serve_forever()
     print("stopped")
 

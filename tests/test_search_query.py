@@ -10,6 +10,8 @@ import re
 import shutil
 import subprocess
 import sys
+from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -18,7 +20,9 @@ from PIL import Image
 from search_small import in_process, write_index
 
 from search import __main__ as command
+from search import export, making
 from search.searcher import Options, Searcher
+from search.store import Store
 from utils import run_script
 
 ODD = os.fsdecode(b"odd/\xff<b>\x1b[31m.jpg")  # no UTF-8, HTML, and what would colour a terminal
@@ -132,6 +136,24 @@ def test_any_terminal_shows_any_name(encoding, asked, photos, monkeypatch):
     output.flush()
     expected = "\u00e4\u4f60" if encoding == "utf-8" else r"\xe4\u4f60"
     assert expected in output.buffer.getvalue().decode(encoding)
+
+
+WORDS = [["query", "\udcff", "y"], ["duplicates", "\udcff"], ["serve", "\udcff"],
+         ["export", "x", "-o", "\udcff", "--onnx"]]  # fmt: skip
+SAY = [lambda _, words=words: command.main([*words, "--dry_run"]) for words in WORDS] + [
+    lambda _: making.report_skipped(SimpleNamespace(folder=Path("\udcff"), skipped=lambda: [("x", "is empty")])),
+    lambda index: export.write_names(Store.open(index), index.parent / "\udcff.csv"),
+    lambda index: export.write_parquet(Store.open(index), index.parent / "\udcff.parquet"),
+]
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "utf-8"])
+@pytest.mark.parametrize("command_of", SAY)
+def test_every_command_prints_folders_that_are_no_text(command_of, encoding, index, monkeypatch):
+    output = io.TextIOWrapper(io.BytesIO(), encoding=encoding, newline="\n")
+    monkeypatch.setattr(sys, "stdout", output)
+    command_of(index)
+    assert rb"\udcff" in output.buffer.getvalue()
 
 
 @pytest.mark.parametrize(

@@ -181,10 +181,10 @@ def without_labels(measured: dict) -> list[tuple[str, str]]:
     """What was measured without labels: figures for `head`. Raises TypeError if they are none that a run writes."""
     if not _numbers({name: value for name, value in measured.items() if value is not None}):
         raise TypeError("what was measured without labels is not numbers")
-    found = [
-        (f"{measured['views_found']:.1%}", "of the held-back images: one view finds the other before all others'"),
-        (f"{measured['codewords_used']:.1%}", "of the codewords code any image"),
-    ]
+    found = [(f"{measured['codewords_used']:.1%}", "of the codewords code any image")]
+    if measured["views_found"] is not None:
+        words = "of the held-back images: one view finds the other before all others'"
+        found.insert(0, (f"{measured['views_found']:.1%}", words))
     if measured["quantization_error"] is not None:
         found.append((f"{measured['quantization_error']:.4f}", "quantization error of the held-back images"))
     return found

@@ -125,6 +125,8 @@ def checked(metrics: dict, path: Path) -> Config:
             if name not in content or not rule(content[name]):
                 value = one_line(ValueError(content.get(name, "missing")))[:60]
                 raise InputError(f"{path}: no run writes {name} = {value}: move the file away")
+    if (values["backbone"] == "none") != DATASETS[values["dataset"]].vectors:
+        raise InputError(f"{path}: no run writes backbone = {values['backbone']}: move the file away")
     return Config(values)
 
 

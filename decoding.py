@@ -1,6 +1,7 @@
 """One image file: what is wrong with it, and its pixels, by OpenCV or by Pillow; as it is stored, or upright."""
 
 import io
+import os
 import re
 import stat
 import warnings
@@ -138,6 +139,7 @@ def image_fault(path: Path) -> str:
 # ---------------------------------------------------------------- a user's own images, upright
 
 
+MOST_BYTES = 2**30  # of a file: its content is read whole
 MOST_PIXELS = 2**27  # 134 million: larger images are refused before anything of them is decoded
 FORMATS = ("JPEG", "MPO", "PNG", "WEBP", "AVIF", "HEIF", "GIF", "TIFF", "BMP")  # Pillow's names
 ORIENTATION = 0x0112  # EXIF's and TIFF's tag
@@ -303,12 +305,18 @@ def reason_of(error: BaseException) -> str:
     return f"does not decode ({reason.encode('ascii', 'backslashreplace').decode()[:160]})"
 
 
+def photo_content(path: Path) -> bytes:
+    """All bytes of one of a user's own images. Raises UnusableImageError if there are too many, or OSError."""
+    with open_regular(path) as file:
+        if os.fstat(file.fileno()).st_size > MOST_BYTES:
+            raise UnusableImageError(f"has more than {MOST_BYTES} bytes")
+        return file.read(MOST_BYTES)
+
+
 def photo_fault(path: Path) -> str:
     """What is wrong with one of a user's own images; empty if it decodes."""
     try:
-        with open_regular(path) as file:
-            content = file.read()
-        UprightImage(content).decoded(least=(1, 1))  # JPEG at an eighth of its size
+        UprightImage(photo_content(path)).decoded(least=(1, 1))  # JPEG at an eighth of its size
     except Exception as error:  # a damaged image can raise nearly anything
         return reason_of(error)
     return ""

@@ -1,6 +1,7 @@
-"""A user's own folder of images: which of its files are images."""
+"""A user's own folder of images: which of its files are images, and how their names are printed."""
 
 import os
+import sys
 from pathlib import Path
 
 from decoding import HEIF_BRANDS, brands_of, open_regular
@@ -54,6 +55,12 @@ def list_photos(root: Path) -> list[str]:
 def shown_name(name: str) -> str:
     """A name in one line that any terminal and file takes: what is not printable stands as its escape."""
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in name)
+
+
+def say(text: str) -> None:
+    """Print lines that may hold names of any kind to standard output, whatever its encoding, at once."""
+    encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
+    print(text.encode(encoding, "backslashreplace").decode(encoding), flush=True)
 
 
 def _is_folder(entry: os.DirEntry) -> bool:

@@ -24,6 +24,7 @@ from decoding import (
     image_fault,
     large_images_allowed,
     open_regular,
+    photo_content,
     photo_fault,
 )
 from utils import InputError, RunError, atomic_write, check_writable, one_line, progress_bar
@@ -99,8 +100,11 @@ class ImageFiles:
         """An image, not decoded yet. Raises RunError naming the file if it became unreadable since the run began."""
         path = self.root / self.names[index]
         try:
-            with open_regular(path) as file:
-                content = file.read()
+            if self.upright:
+                content = photo_content(path)
+            else:
+                with open_regular(path) as file:
+                    content = file.read()
             with large_images_allowed():
                 yield UprightImage(content) if self.upright else EncodedImage(content)
         except Exception as error:  # a damaged image can raise nearly anything

@@ -202,9 +202,13 @@ class VectorPairs:
     Args:
         batches: of (item, seed), see `loaders.ShuffledBatches`.
         device: on which neighbours are found.
+
+    Raises InputError if a vector without views has no neighbour.
     """
 
     def __init__(self, vectors: Vectors, batches: Iterable[list[tuple[int, int]]], device: str) -> None:
+        if vectors.views is None and len(vectors) < 2:
+            raise InputError("one embedding without views makes no pair: give --embedding_views, or a larger --limit")
         self.vectors, self.batches = vectors, batches
         self.neighbours = nearest(vectors, NEIGHBOURS, device) if vectors.views is None else None
 

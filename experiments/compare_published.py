@@ -16,8 +16,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import config
-from experiments import flags, published
+from experiments import published
 from experiments.published import NAMES, script_flags
+from packages import need
 from utils import InputError, Parser, atomic_write, check_writable, one_line, run_script
 
 if TYPE_CHECKING:
@@ -158,7 +159,7 @@ def build_parser() -> Parser:
 
 def main(argv: list[str] | None = None) -> None:
     own = build_parser().parse_args(argv)
-    flags.need("tabulate")
+    need("tabulate")
     folder = own.output[0] / "checkpoints"
     outputs = {output.resolve(): output for output in own.output}.values()  # each once
     if own.dry_run:

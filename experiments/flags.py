@@ -4,7 +4,6 @@ Below the user's flags, which are `main.py`'s, stand those of the published scri
 """
 
 import argparse
-import importlib.util
 from argparse import Namespace
 from dataclasses import dataclass
 from functools import cache
@@ -15,6 +14,7 @@ from config import Config
 from data import DATASETS
 from experiments import published
 from methods import METHODS
+from packages import need
 from utils import InputError, Parser
 
 # what the paper's tables call a data set -> its flags
@@ -87,13 +87,6 @@ def parse(
     if given["epoch_num"] == 0:
         raise InputError("--epoch_num must be at least 1 here")
     return own, flags
-
-
-def need(*packages: str) -> None:
-    """Raise InputError if a package, which not every user needs, is not installed."""
-    for package in packages:
-        if importlib.util.find_spec(package) is None:
-            raise InputError(f"{package} is needed: pip install -r requirements-extra.txt")
 
 
 # ---------------------------------------------------------------- flags -> trials

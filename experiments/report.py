@@ -19,9 +19,10 @@ from typing import TYPE_CHECKING
 import config
 from config import Config
 from data import DATASETS
-from experiments import flags, published
+from experiments import published
 from experiments.curves import result_curves, training_curves
 from methods import BACKBONES, METHODS
+from packages import need
 from utils import (
     InputError,
     Parser,
@@ -124,6 +125,8 @@ def checked(metrics: dict, path: Path) -> Config:
             if name not in content or not rule(content[name]):
                 value = one_line(ValueError(content.get(name, "missing")))[:60]
                 raise InputError(f"{path}: no run writes {name} = {value}: move the file away")
+    if (values["backbone"] == "none") != DATASETS[values["dataset"]].vectors:
+        raise InputError(f"{path}: no run writes backbone = {values['backbone']}: move the file away")
     return Config(values)
 
 
@@ -180,10 +183,10 @@ def without_labels(measured: dict) -> list[tuple[str, str]]:
     """What was measured without labels: figures for `head`. Raises TypeError if they are none that a run writes."""
     if not _numbers({name: value for name, value in measured.items() if value is not None}):
         raise TypeError("what was measured without labels is not numbers")
-    found = [
-        (f"{measured['views_found']:.1%}", "of the held-back images: one view finds the other before all others'"),
-        (f"{measured['codewords_used']:.1%}", "of the codewords code any image"),
-    ]
+    found = [(f"{measured['codewords_used']:.1%}", "of the codewords code any image")]
+    if measured["views_found"] is not None:
+        words = "of the held-back images: one view finds the other before all others'"
+        found.insert(0, (f"{measured['views_found']:.1%}", words))
     if measured["quantization_error"] is not None:
         found.append((f"{measured['quantization_error']:.4f}", "quantization error of the held-back images"))
     return found
@@ -292,7 +295,7 @@ def build_parser() -> Parser:
 
 def main(argv: list[str] | None = None) -> None:
     own = build_parser().parse_args(argv)
-    flags.need("matplotlib")
+    need("matplotlib")
     if own.queries < 0:
         raise InputError("--queries must not be negative")
     folder = own.output / "checkpoints" / own.notes

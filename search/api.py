@@ -1,6 +1,7 @@
 """The page and the JSON of `serve`, as a WSGI application; web/schema.json says what it takes and gives.
 
-Requests name images by id only; what they get are names relative to the photo root, never paths.
+Requests name images by id only; what they get are names as the index has them: relative to the photo
+root or, in the index of a list, what the list says.
 """
 
 import hashlib
@@ -61,6 +62,7 @@ HEADERS = {
 NUMBERS = {"k": (1, 1000, 20), "rerank": (0, 100_000, 1000), "nprobe": (1, 65536, 64), "seed": (0, 2**31, 0)}
 SEARCHED = ("k", "rerank", "nprobe", "under")
 LARGEST = 1e6  # a vector's element
+PIECE = 2**16  # bytes of a body that are read at once
 FACTS = ("images", "method", "M", "K", "D", "F", "bits", "features", "transform", "model_sha256", "index", "versions")
 FORM, JSON = "multipart/form-data", "application/json"
 
@@ -91,6 +93,8 @@ class Api:
         self.searcher, self.store, self.encoder = searcher, searcher.store, Batching(searcher.encoder)
         self.decoder, self.thumbnails, self.limits = decoder, thumbnails, limits
         self.free = threading.BoundedSemaphore(limits.most_at_once)
+        self.held, self.most_held = 0, limits.most_at_once * limits.most_bytes  # bytes of bodies that have arrived
+        self.lock = threading.Lock()
         self.files = {place: (WEB / name).read_bytes() for place, (name, _) in FILES.items()}
         gets = {"/info": self.info, "/health": self.health, "/sample": self.sample, "/like/<id>": self.like,
                 "/thumb/<id>": self.thumb} | dict.fromkeys(FILES, self.file)  # fmt: skip
@@ -198,24 +202,33 @@ class Api:
         if kind not in (JSON, FORM, "application/octet-stream") and not kind.startswith("image/"):
             raise UnsupportedMediaType("send an image as image/*, application/octet-stream or multipart/form-data, or "
                                        "a vector as application/json")  # fmt: skip
-        with self.slot():
-            body = self.body(request)
+        with self.body(request) as body, self.slot():
             if kind == JSON:
                 return answered(self.of_json(request, body))
             return answered(self.of_image(request, file_of_form(request, body) if kind == FORM else body))
 
-    def body(self, request: Request) -> bytes:
-        """A request's body. Raises RequestEntityTooLarge, as soon as that is clear, and BadRequest."""
-        request.max_content_length = self.limits.most_bytes + 1  # a body in chunks would be cut off there
+    @contextmanager
+    def body(self, request: Request) -> Iterator[bytes]:
+        """A request's body. What has arrived of all bodies is bounded: who sends nothing keeps nobody else out.
+
+        Raises RequestEntityTooLarge, as soon as that is clear, BadRequest, and ServiceUnavailable if too much is held.
+        """
+        request.max_content_length = self.limits.most_bytes + 1
+        pieces, size = [], 0
         try:
-            body = request.get_data(cache=False)
-        except RequestEntityTooLarge:
-            raise
-        except (BadRequest, OSError):
-            raise BadRequest("the request's body did not arrive whole and in time") from None
-        if len(body) > self.limits.most_bytes:
-            raise RequestEntityTooLarge
-        return body
+            for piece in arriving(request):
+                with self.lock:
+                    if self.held + len(piece) > self.most_held:
+                        raise ServiceUnavailable("too many images at once: try again", retry_after=1)
+                    self.held += len(piece)
+                size += len(piece)
+                if size > self.limits.most_bytes:
+                    raise RequestEntityTooLarge
+                pieces.append(piece)
+            yield b"".join(pieces)
+        finally:
+            with self.lock:
+                self.held -= size
 
     def of_image(self, request: Request, content: bytes) -> dict:
         start, options = time.perf_counter(), self.options(request)
@@ -244,10 +257,8 @@ class Api:
         feature = content.pop("feature", None)
         if feature is not None:
             feature = numbers(feature, info["F"], "feature")
-            if not feature.any():
-                raise BadRequest("the feature is zero")
-            feature /= np.linalg.norm(feature)
-        return found(self.searcher.search(vector, feature, self.options(request, content)), start)
+            feature = (feature / np.linalg.norm(feature)).astype(np.float32)
+        return found(self.searcher.search(vector.astype(np.float32), feature, self.options(request, content)), start)
 
     def options(self, request: Request, content: dict | None = None) -> "Options":
         """How to search, by the URL's parameters and those of a JSON body. Raises BadRequest."""
@@ -320,17 +331,31 @@ def whole(name: str, value: object) -> int:
 def subfolder(value: object) -> str | None:
     try:
         os.fsencode(value)
-        return value.strip("/") or None
+        return value.rstrip("/") or None
     except (TypeError, AttributeError, UnicodeEncodeError):
         raise BadRequest("under must be a folder's name") from None
 
 
 def numbers(values: object, size: int, name: str) -> np.ndarray:
-    """A list of finite numbers as float32 `[size]`. Raises BadRequest."""
+    """A list of finite numbers as float64 `[size]`, not all of them zero in float32. Raises BadRequest."""
     sound = isinstance(values, list) and len(values) == size
     if not sound or not all(type(value) in (int, float) and abs(value) <= LARGEST for value in values):
         raise BadRequest(f"{name} must be a list of {size} numbers of at most {LARGEST:g}")
-    return np.array(values, dtype=np.float32)
+    array = np.array(values, dtype=np.float64)
+    if not array.astype(np.float32).any():
+        raise BadRequest(f"{name} must not be zero")
+    return array
+
+
+def arriving(request: Request) -> Iterator[bytes]:
+    """A request's body, piece by piece. Raises RequestEntityTooLarge or BadRequest."""
+    try:
+        while piece := request.stream.read(PIECE):
+            yield piece
+    except RequestEntityTooLarge:
+        raise
+    except (BadRequest, OSError):
+        raise BadRequest("the request's body did not arrive whole and in time") from None
 
 
 def file_of_form(request: Request, body: bytes) -> bytes:

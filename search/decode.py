@@ -21,7 +21,6 @@ import numpy as np
 
 from utils import RunError
 
-MOST_BYTES = 2**30  # of a file: its content is read whole
 PER_TASK = 8  # files that a process is given at once
 IN_FLIGHT = 384  # images decoded ahead, whatever the number of processes: three batches of the encoder
 SECONDS_TO_START, SECONDS_TO_END = 120, 5  # a process that waits for a disk cannot be killed
@@ -83,15 +82,10 @@ def _serve(connection: Connection, decode: Decode, image_size: int, seconds: flo
 
 
 def _decoded(item: str | bytes, decode: Decode, image_size: int) -> Decoded:
-    from decoding import open_regular, reason_of
+    from decoding import photo_content, reason_of
 
     try:
-        if isinstance(item, str):
-            with open_regular(Path(item)) as file:
-                item = file.read(MOST_BYTES + 1)
-        if len(item) > MOST_BYTES:
-            return Decoded(None, (0, 0), f"has more than {MOST_BYTES} bytes")
-        return decode(item, image_size)
+        return decode(photo_content(Path(item)) if isinstance(item, str) else item, image_size)
     except Exception as error:
         return Decoded(None, (0, 0), reason_of(error))
 

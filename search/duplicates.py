@@ -18,7 +18,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from search.query import show
+from packages import need
+from photos import say
 from search.store import printable
 from utils import InputError, Parser, atomic_write, check_regular, naming_lack_of_memory, progress_bar
 
@@ -52,6 +53,7 @@ def build_parser() -> Parser:
 def parse(argv: list[str] | None) -> Namespace:
     """The flags. Raises InputError if a value makes no sense."""
     args = build_parser().parse_args(argv)
+    need("faiss")
     if args.above is not None and not -1 <= args.above <= 1:
         raise InputError(f"--above {args.above:g}: is a cosine, from -1 to 1")
     for name, most in (("candidates", 10_000), ("nprobe", 1_000_000)):
@@ -64,7 +66,7 @@ def main(argv: list[str] | None = None) -> None:
     """List the pairs. Raises InputError if the index cannot be used."""
     args = parse(argv)
     if args.dry_run:
-        show(f"would list pairs of images of {args.index} in {args.output or 'standard output'}")
+        say(f"would list pairs of images of {args.index} in {args.output or 'standard output'}")
         return
     if args.output:
         check_regular(args.output)
@@ -75,25 +77,31 @@ def main(argv: list[str] | None = None) -> None:
         store = searcher.store
         if args.above is not None and not store.has_features:
             raise InputError(f"--above: {args.index} has no features; without it, images of the same code are listed")
-        positions, cosines = alike(searcher, args)
+        positions, cosines = alike(searcher, ABOVE if args.above is None else args.above, args.candidates, args.nprobe)
     text = as_csv(store, positions, cosines if store.has_features else None)
     if args.output:
         with atomic_write(args.output) as file:
             file.write(text.encode())
-        show(f"{args.output}: {len(positions)} pairs")
+        say(f"{args.output}: {len(positions)} pairs")
     else:
-        show(text.rstrip("\n"))
+        say(text.rstrip("\n"))
 
 
-def alike(searcher: "Searcher", args: Namespace) -> Pairs:
-    """The pairs that are nearly the same, those with the highest cosine first, each once."""
-    store, above = searcher.store, ABOVE if args.above is None else args.above
+def alike(searcher: "Searcher", above: float, candidates: int, nprobe: int) -> Pairs:
+    """The pairs that are nearly the same, those with the highest cosine first, each once.
+
+    Args:
+        above: the least cosine; without features, pairs have the same code.
+        candidates: images that each one is compared with.
+        nprobe: lists that are visited, in an index of inverted lists.
+    """
+    store = searcher.store
     found = [(np.empty((0, 2), np.int64), np.empty(0, np.float32))]
     with progress_bar(None, "compare", total=len(store.ids)) as bar:
         bar.unit = " images"
         for start in range(0, len(store.ids), BATCH):
             positions = np.arange(start, min(start + BATCH, len(store.ids)))
-            neighbours = searcher.neighbours(positions, args.candidates + 1, args.nprobe)
+            neighbours = searcher.neighbours(positions, candidates + 1, nprobe)
             if store.has_features:
                 cosines = compared(store, positions, neighbours)
                 near = cosines >= above

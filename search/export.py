@@ -21,6 +21,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from packages import need
+from photos import say
 from utils import (
     InputError,
     Parser,
@@ -64,20 +66,20 @@ def build_parser() -> Parser:
 def main(argv: list[str] | None = None) -> None:
     """Write what the flags ask for. Raises InputError or RunError."""
     own = build_parser().parse_args(argv)
-    names = planned(own)
+    names = planned(own.onnx, own.faiss, own.parquet)
     if own.dry_run:
-        print("\n".join(f"would write {own.output / name}" for name in names))
+        say("\n".join(f"would write {own.output / name}" for name in names))
         return
-    need(own)
+    need(*["onnx", "onnxscript"] * own.onnx, *["faiss"] * bool(own.faiss), *["pyarrow"] * own.parquet)
     with naming_lack_of_memory():
         run(own, names)
 
 
-def planned(own: Namespace) -> list[str]:
+def planned(onnx: bool, kind: str | None, parquet: bool) -> list[str]:
     """The names of the files to write. Raises InputError if there are none."""
-    names = ["model.onnx"] * own.onnx
-    names += [f"{own.faiss}.faiss", "names.csv"] if own.faiss else []
-    names += ["images.parquet"] * own.parquet
+    names = ["model.onnx"] * onnx
+    names += [f"{kind}.faiss", "names.csv"] if kind else []
+    names += ["images.parquet"] * parquet
     if not names:
         raise InputError("nothing to export: give --onnx, --faiss KIND or --parquet")
     return names
@@ -114,14 +116,6 @@ def check_kind(kind: str | None, codewords: int) -> None:
         )
 
 
-def need(own: Namespace) -> None:
-    """Raise InputError if a package is missing that these flags need."""
-    wanted = ["onnx", "onnxscript"] * own.onnx + ["faiss"] * bool(own.faiss) + ["pyarrow"] * own.parquet
-    for package in wanted:
-        if importlib.util.find_spec(package) is None:
-            raise InputError(f"{package} is needed: pip install -r requirements-extra.txt")
-
-
 # ---------------------------------------------------------------- the model
 
 
@@ -142,7 +136,7 @@ def write_onnx(store: "Store", path: Path) -> None:
         said = f"differs from PyTorch by {difference:.1e} of the largest number"
     with atomic_write(path) as file:
         file.write(content)
-    print(f"{path}: {len(content) / 1e6:.1f} MB, images [n, 3, {image_size}, {image_size}]; {said}")
+    say(f"{path}: {len(content) / 1e6:.1f} MB, images [n, 3, {image_size}, {image_size}]; {said}")
 
 
 # ---------------------------------------------------------------- the codes
@@ -159,7 +153,7 @@ def write_faiss(store: "Store", kind: str, path: Path) -> None:
     index = faiss_index(codewords, store.codes(), store.ids, kind)
     with atomic_write(path) as file:
         faiss.write_index(index, faiss.PyCallbackIOWriter(file.write))
-    print(f"{path}: {index.ntotal:,} images, {path.stat().st_size / 1e6:.1f} MB; vectors of {index.d} numbers")
+    say(f"{path}: {index.ntotal:,} images, {path.stat().st_size / 1e6:.1f} MB; vectors of {index.d} numbers")
 
 
 def faiss_index(codewords: np.ndarray, codes: np.ndarray, ids: np.ndarray, kind: str) -> "faiss.Index":
@@ -221,7 +215,7 @@ def write_names(store: "Store", path: Path) -> None:
         for part in parts(store):
             ids = store.ids[part]
             writer.writerows(zip(ids.tolist(), map(printable, store.names(ids)), strict=True))
-    print(f"{path}: {len(store.ids):,} names")
+    say(f"{path}: {len(store.ids):,} names")
 
 
 def write_parquet(store: "Store", path: Path) -> None:
@@ -248,7 +242,7 @@ def write_parquet(store: "Store", path: Path) -> None:
             if store.has_features:
                 arrays.append(as_binary(stored_features(store.features(np.arange(len(store.ids))[part]), "int8")))
             writer.write_batch(pa.record_batch(arrays, schema=schema))
-    print(f"{path}: {len(store.ids):,} images, {path.stat().st_size / 1e6:.1f} MB")
+    say(f"{path}: {len(store.ids):,} images, {path.stat().st_size / 1e6:.1f} MB")
 
 
 def as_binary(rows: np.ndarray) -> "pa.Array":

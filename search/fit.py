@@ -20,6 +20,7 @@ from pathlib import Path
 
 import config
 from methods import METHODS
+from photos import say
 from utils import InputError, Parser
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -98,4 +99,4 @@ def main(argv: list[str] | None = None) -> None:
         run(["-m", "experiments.report", resolved.notes, "--output", resolved.output])
     else:
         print("no report: matplotlib is needed: pip install -r requirements-extra.txt")
-    print(f"next: python -m search index {own.photos} --model {folder} -o {resolved.notes}.index")
+    say(f"next: python -m search index {own.photos} --model {folder} -o {resolved.notes}.index")

@@ -17,7 +17,6 @@ python -m search index photos --model checkpoints/mine -o mine.index --rank 0 --
 """
 
 import argparse
-import importlib.util
 import json
 import signal
 from argparse import Namespace
@@ -27,6 +26,7 @@ from dataclasses import replace
 from pathlib import Path
 from types import FrameType
 
+from packages import need
 from search.making import LOCK, SHARD, Hardware, Making, Request, report_skipped, say
 from search.parts import index_part
 from search.store import SKIPPED
@@ -70,8 +70,7 @@ def build_parser() -> Parser:
 def parse(argv: list[str] | None) -> Namespace:
     """The flags. Raises InputError if they do not go together."""
     args = build_parser().parse_args(argv)
-    if importlib.util.find_spec("faiss") is None:
-        raise InputError("faiss-cpu is needed: pip install -r requirements-extra.txt")
+    need("faiss")
     if (args.rank is None) != (args.world is None):
         raise InputError("--rank and --world go together")
     if args.rank is not None and not 0 <= args.rank < args.world:

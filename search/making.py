@@ -9,6 +9,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from photos import say
 from search.store import (
     FORMAT,
     INDEX,
@@ -297,11 +298,6 @@ def versions() -> dict[str, str]:
     from importlib.metadata import version
 
     return {name: version(name) for name in ("torch", "torchvision", "numpy", "pillow", "faiss-cpu")}
-
-
-def say(line: str) -> None:
-    """Print a line that may hold names of any kind."""
-    print(printable(line))
 
 
 def report_skipped(writer: Writer) -> int:

@@ -18,15 +18,14 @@ be used is named in a line of standard error; the exit code is 2 if none can be 
 import argparse
 import base64
 import html
-import io
 import json
 import sys
 from argparse import Namespace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import numpy as np
-
+from packages import need
+from photos import say, shown_name
 from search.store import printable
 from utils import InputError, Parser, atomic_write, check_regular, naming_lack_of_memory
 
@@ -64,6 +63,7 @@ def build_parser() -> Parser:
 def parse(argv: list[str] | None) -> Namespace:
     """The flags. Raises InputError if a value makes no sense."""
     args = build_parser().parse_args(argv)
+    need("faiss")
     for name, (least, most) in COUNTS.items():
         if not least <= getattr(args, name) <= most:
             flag = f"-{name}" if len(name) == 1 else f"--{name}"
@@ -75,7 +75,7 @@ def main(argv: list[str] | None = None) -> None:
     """Search for each image. Raises InputError if none of them can be used."""
     args = parse(argv)
     if args.dry_run:
-        show(f"would search {args.index} for the {args.k} images most like {', '.join(map(str, args.images))}")
+        say(f"would search {args.index} for the {args.k} images most like {', '.join(map(str, args.images))}")
         return
     if args.html:
         check_regular(args.html)
@@ -89,7 +89,7 @@ def main(argv: list[str] | None = None) -> None:
         images = decoded(args.images, searcher.encoder.image_size)
         unusable = [(path, image.reason) for path, image in zip(args.images, images, strict=True) if image.reason]
         for path, reason in unusable:
-            print(clean(f"{path}: {reason}"), file=sys.stderr)
+            print(shown_name(f"{path}: {reason}"), file=sys.stderr)
         if len(unusable) == len(images):
             raise InputError("none of the images can be used")
         options = Options(args.k, args.rerank, args.nprobe, args.under)
@@ -98,14 +98,14 @@ def main(argv: list[str] | None = None) -> None:
             if image.pixels is not None:
                 found[path] = searcher.of_pixels(image.pixels, options)
     if args.json:
-        show(json.dumps(as_json(searcher, found, unusable), indent=2))
+        say(json.dumps(as_json(searcher, found, unusable), indent=2))
     elif args.html:
         page = as_html(searcher, found)
         with atomic_write(args.html) as file:
             file.write(page.encode())
-        show(f"{args.html}: {len(found)} queries")
+        say(f"{args.html}: {len(found)} queries")
     else:
-        show("\n\n".join(as_table(path, hits) for path, hits in found.items()))
+        say("\n\n".join(as_table(path, hits) for path, hits in found.items()))
 
 
 def decoded(paths: list[Path], image_size: int) -> list["Decoded"]:
@@ -117,18 +117,6 @@ def decoded(paths: list[Path], image_size: int) -> list["Decoded"]:
 
 
 # ---------------------------------------------------------------- output
-
-
-def clean(text: str) -> str:
-    """A line that a terminal shows: what is no UTF-8, and control characters, as backslash escapes."""
-    text = printable(text)
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
-
-
-def show(text: str) -> None:
-    """Print lines to standard output, whatever its encoding."""
-    encoding = sys.stdout.encoding or "utf-8"
-    print(printable(text).encode(encoding, "backslashreplace").decode(encoding))
 
 
 def as_json(searcher: "Searcher", found: dict[Path, list["Hit"]], unusable: list[tuple[Path, str]]) -> dict:
@@ -147,10 +135,10 @@ def as_json(searcher: "Searcher", found: dict[Path, list["Hit"]], unusable: list
 def as_table(path: Path, hits: list["Hit"]) -> str:
     """A heading and a line per found image."""
     width = max((len(str(hit.id)) for hit in hits), default=2)
-    lines = [clean(str(path)), f"  {'score':>8}  {'cosine':>6}  {'id':>{width}}  name"]
+    lines = [shown_name(str(path)), f"  {'score':>8}  {'cosine':>6}  {'id':>{width}}  name"]
     for hit in hits:
         cosine = "" if hit.cosine is None else f"{hit.cosine:.4f}"
-        lines.append(f"  {hit.score:8.4f}  {cosine:>6}  {hit.id:>{width}}  {clean(hit.name)}")
+        lines.append(f"  {hit.score:8.4f}  {cosine:>6}  {hit.id:>{width}}  {shown_name(hit.name)}")
     return "\n".join(lines)
 
 
@@ -168,12 +156,12 @@ def as_html(searcher: "Searcher", found: dict[Path, list["Hit"]]) -> str:
     pictures = thumbnails(sorted(files))
     sections = []
     for path, hits in found.items():
-        figures = [figure(pictures[path], clean(str(path)), "query", "query")]
+        figures = [figure(pictures[path], shown_name(str(path)), "query", "query")]
         for hit in hits:
             numbers = f"score {hit.score:.3f}" + ("" if hit.cosine is None else f", cosine {hit.cosine:.3f}")
-            figures.append(figure(pictures[searcher.store.path(hit.id)], clean(hit.name), numbers, "found"))
-        sections.append(f"<h2>{html.escape(clean(str(path)))}</h2><section>{''.join(figures)}</section>")
-    title = f"Images like {', '.join(clean(path.name) for path in found)}"[:200]
+            figures.append(figure(pictures[searcher.store.path(hit.id)], shown_name(hit.name), numbers, "found"))
+        sections.append(f"<h2>{html.escape(shown_name(str(path)))}</h2><section>{''.join(figures)}</section>")
+    title = f"Images like {', '.join(shown_name(path.name) for path in found)}"[:200]
     return (
         '<!DOCTYPE html><html lang="en"><head><meta charset="utf-8"><meta name="viewport" '
         'content="width=device-width"><meta http-equiv="Content-Security-Policy" content="default-src \'none\'; '
@@ -191,17 +179,13 @@ def figure(picture: str, name: str, numbers: str, kind: str) -> str:
 
 def thumbnails(paths: list[Path]) -> dict[Path, str]:
     """The images as data URLs; empty if a file is gone or cannot be decoded any more."""
-    from PIL import Image
-
     from search.decode import DecodingPool
-    from search.thumbnails import SIDE, decode_square
+    from search.thumbnails import SIDE, as_jpeg, decode_square
 
     urls = {}
     with DecodingPool(SIDE, workers=1, seconds=SECONDS, decode=decode_square) as pool:
         for path, image in zip(paths, pool.paths(paths), strict=True):
             urls[path] = ""
             if image.pixels is not None:
-                content = io.BytesIO()
-                Image.fromarray(np.moveaxis(image.pixels, 0, 2)).save(content, format="JPEG", quality=80)
-                urls[path] = f"data:image/jpeg;base64,{base64.b64encode(content.getvalue()).decode()}"
+                urls[path] = f"data:image/jpeg;base64,{base64.b64encode(as_jpeg(image.pixels)).decode()}"
     return urls

@@ -8,7 +8,6 @@ docs/search_api.md, and /schema while it runs. Ctrl-C, or SIGTERM, ends it.
 """
 
 import argparse
-import importlib.util
 import ipaddress
 import signal
 import sys
@@ -19,6 +18,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from packages import need
+from photos import say
 from utils import InputError, Parser, run_script, worker_count
 
 if TYPE_CHECKING:
@@ -50,8 +51,7 @@ def build_parser() -> Parser:
 
 def check(own: Namespace) -> None:
     """Raise InputError if the flags make no sense, or a package is missing."""
-    if importlib.util.find_spec("werkzeug") is None:
-        raise InputError("werkzeug is needed: pip install -r requirements-extra.txt")
+    need("werkzeug", "faiss")
     if not 0 <= own.port < 2**16:
         raise InputError("--port must be from 0 to 65535")
     for name in ("num_workers", "most_at_once", "most_bytes"):
@@ -102,7 +102,7 @@ def main(argv: list[str] | None = None) -> None:
     own = build_parser().parse_args(argv)
     check(own)
     if own.dry_run:
-        print(f"would serve {own.index} at http://{bracketed(own.host)}:{own.port}/, up to {own.most_at_once} searches "
+        say(f"would serve {own.index} at http://{bracketed(own.host)}:{own.port}/, up to {own.most_at_once} searches "
               f"at once, images of up to {own.most_bytes:,} bytes")  # fmt: skip
         return
     from search.connections import listening
@@ -128,7 +128,7 @@ def main(argv: list[str] | None = None) -> None:
             server = Server(listener, api, own.most_bytes)
             where = f"http://{bracketed(own.host)}:{port}/"
             with until_stopped(server):
-                print(f"{len(searcher.store.ids):,} images of {own.index} at {where} (Ctrl-C ends it)", flush=True)
+                say(f"{len(searcher.store.ids):,} images of {own.index} at {where} (Ctrl-C ends it)")
                 server.serve_forever()
     print("stopped")
 

@@ -36,6 +36,13 @@ def decode_square(content: bytes, side: int) -> Decoded:
         return Decoded(None, (0, 0), reason_of(error))
 
 
+def as_jpeg(pixels: np.ndarray) -> bytes:
+    """Pixels `[3, S, S]` uint8 as JPEG."""
+    file = io.BytesIO()
+    Image.fromarray(pixels.transpose(1, 2, 0)).save(file, "JPEG", quality=QUALITY)
+    return file.getvalue()
+
+
 class Thumbnails:
     """Thumbnails by id; those asked for last are kept. Thread-safe.
 
@@ -67,10 +74,9 @@ class Thumbnails:
         decoded = next(self.decoder.paths([self.store.path(image)]))
         if decoded.pixels is None:
             raise GoneError
-        file = io.BytesIO()
-        Image.fromarray(decoded.pixels.transpose(1, 2, 0)).save(file, "JPEG", quality=QUALITY)
+        content = as_jpeg(decoded.pixels)
         with self.lock:
-            self.kept[tag] = file.getvalue()
+            self.kept[tag] = content
             while len(self.kept) > MOST_KEPT:
                 self.kept.popitem(last=False)
-        return file.getvalue()
+        return content

@@ -27,7 +27,9 @@ from PIL import Image, ImageOps, features
 import decoding
 from decoding import MOST_PIXELS, UprightImage, as_bytes, photo_fault, reason_of
 from photos import list_photos
+from readers import ImageFiles
 from transforms import photo_pixels
+from utils import RunError
 
 KINDS = [
     "JPEG", "PNG", "WEBP", "TIFF",
@@ -192,6 +194,18 @@ def test_truncated_images_are_refused(kind):
         with pytest.raises(Exception) as refused:
             UprightImage(content[: int(part * len(content))]).decoded(least=(1, 1))
         assert reason_of(refused.value).startswith(("does not decode", "is not an image"))
+
+
+def test_a_file_of_too_many_bytes_is_not_read(tmp_path, monkeypatch):
+    (tmp_path / "a.png").write_bytes(encoded(picture(), "PNG"))
+    size = (tmp_path / "a.png").stat().st_size
+    images = ImageFiles(tmp_path, np.array(["a.png"]), np.zeros(1, int), upright=True)
+    monkeypatch.setattr(decoding, "MOST_BYTES", size)
+    assert images.faults(0) == {} and images.picture(0).size == picture().size
+    monkeypatch.setattr(decoding, "MOST_BYTES", size - 1)
+    assert images.faults(0) == {"a.png": f"has more than {size - 1} bytes"}
+    with pytest.raises(RunError, match=f"has more than {size - 1} bytes"), images.opened(0):
+        pass
 
 
 def test_heic_without_its_package(monkeypatch, tmp_path):

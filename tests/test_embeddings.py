@@ -290,14 +290,25 @@ def test_a_run_is_tested_and_resumed(finished, files, tmp_path, capsys, monkeypa
         assert (tmp_path / "checkpoints" / "run" / name).read_bytes() == (finished / name).read_bytes()
 
 
-def test_without_labels_there_is_no_map(files, tmp_path, caplog):
-    caplog.set_level(logging.INFO)
+def test_without_labels_there_is_no_map(files, tmp_path, capsys):
     metrics = metrics_of(run(tmp_path, *flags_of(files, "X"), "--limit", "300"))
     assert metrics["map"] is None
     assert metrics["unlabelled"]["views_found"] is None
     assert metrics["beside"]["rows"]["this run"]["map"] is None
-    assert "300 training images, 40 queries, 360 in the database" in caplog.text
-    assert "nearest embedding @10" in caplog.text
+    log = capsys.readouterr().out
+    assert "300 training images, 40 queries, 360 in the database" in log
+    assert "nearest embedding @10" in log
+    assert call("report", "run", "--output", tmp_path) == 0
+    page = (tmp_path / "checkpoints/run/report.html").read_text()
+    assert "of the codewords code any image" in page
+    assert "one view finds the other" not in page
+
+
+def test_one_vector_has_no_neighbour(files, tmp_path, capsys):
+    begin = [*FLAGS, "--limit", "1", "--output", str(tmp_path)]
+    assert run_script(lambda: main.main([*begin, *flags_of(files, "X")])) == 2
+    assert "makes no pair: give --embedding_views" in capsys.readouterr().err
+    assert run_script(lambda: main.main([*begin, *flags_of(files, "X", "V")])) == 0
 
 
 def test_without_faiss_or_with_too_little_the_comparison_is_left_out(monkeypatch, caplog):

@@ -1,5 +1,6 @@
 """`python -m search fit`: the flags that it gives to main.py, how it ends, and a whole run."""
 
+import io
 import json
 import os
 import signal
@@ -92,6 +93,14 @@ def test_a_report_follows(monkeypatch, capsys):
     fit.main(["PHOTOS", "--notes", "mine", "--output", "there"])
     assert started[1] == ["-m", "experiments.report", "mine", "--output", "there"]
     assert "python -m search index PHOTOS --model there/checkpoints/mine -o mine.index" in capsys.readouterr().out
+
+
+def test_any_folder_is_named_to_any_terminal(monkeypatch):
+    output = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
+    monkeypatch.setattr(sys, "stdout", output)
+    monkeypatch.setattr(fit, "run", lambda _: 0)
+    fit.main(["K\u00e4se"])
+    assert rb"search index K\xe4se --model" in output.buffer.getvalue()
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])

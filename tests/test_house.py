@@ -11,7 +11,7 @@ from helpers import ROOT
 # bottom to top: a module imports modules of lower rows only, or of its own row, without a circle
 ORDER = [
     {"utils"},
-    {"decoding", "ties"},
+    {"decoding", "ties", "packages"},
     {"transforms", "retrieval", "distributed", "loss", "photos"},
     {"readers", "spq_views"},
     {"vectors"},

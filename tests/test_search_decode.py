@@ -10,6 +10,7 @@ import pytest
 from helpers import wait_for
 from toy_decoder import Unpicklable, toy
 
+import decoding
 from search import decode
 from search.decode import DecodingPool
 from utils import RunError
@@ -93,8 +94,8 @@ def test_leaving_ends_all_processes_at_once(tmp_path):
 
 def test_a_file_that_is_too_large_is_not_read(tmp_path, monkeypatch):
     with (tmp_path / "large").open("wb") as file:
-        file.truncate(decode.MOST_BYTES + 1)
-    monkeypatch.setattr(decode, "MOST_BYTES", 100)
+        file.truncate(101)
+    monkeypatch.setattr(decoding, "MOST_BYTES", 100)
     assert decode._decoded(str(tmp_path / "large"), toy, S).reason == "has more than 100 bytes"
 
 

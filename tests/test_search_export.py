@@ -2,6 +2,7 @@
 the documents tell strangers to run, run."""
 
 import csv
+import importlib.util
 import json
 import os
 import re
@@ -302,7 +303,7 @@ def test_wrong_input_is_one_line(place, tmp_path, capsys, monkeypatch):
     assert "is no index" in refused(capsys, tmp_path, "-o", tmp_path / "out", "--parquet")
     for package, flag in (("onnxscript", ["--onnx"]), ("faiss", ["--faiss", "ivf"]), ("pyarrow", ["--parquet"])):
         with monkeypatch.context() as patch:
-            patch.setattr(export.importlib.util, "find_spec", lambda name, wanted=package: name != wanted or None)
+            patch.setattr(importlib.util, "find_spec", lambda name, wanted=package: name != wanted or None)
             assert f"{package} is needed" in refused(capsys, index, "-o", tmp_path, *flag)
     assert not any(tmp_path.iterdir())
 
@@ -311,7 +312,7 @@ def test_without_onnxruntime_nothing_is_compared(place, tmp_path, capsys, monkey
     from search import onnx_model
 
     monkeypatch.setattr(onnx_model, "to_onnx", lambda *_: b"model")
-    monkeypatch.setattr(export.importlib.util, "find_spec", lambda name: name != "onnxruntime" or None)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: name != "onnxruntime" or None)
     assert called("export", place / "mine.index", "-o", tmp_path, "--onnx") == 0
     assert "not checked" in capsys.readouterr().out
     assert (tmp_path / "model.onnx").read_bytes() == b"model"

@@ -2,6 +2,7 @@
 
 import base64
 import csv
+import importlib.util
 import io
 import json
 import os
@@ -9,6 +10,8 @@ import re
 import shutil
 import subprocess
 import sys
+from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -17,7 +20,9 @@ from PIL import Image
 from search_small import in_process, write_index
 
 from search import __main__ as command
+from search import export, making
 from search.searcher import Options, Searcher
+from search.store import Store
 from utils import run_script
 
 ODD = os.fsdecode(b"odd/\xff<b>\x1b[31m.jpg")  # no UTF-8, HTML, and what would colour a terminal
@@ -133,6 +138,24 @@ def test_any_terminal_shows_any_name(encoding, asked, photos, monkeypatch):
     assert expected in output.buffer.getvalue().decode(encoding)
 
 
+WORDS = [["query", "\udcff", "y"], ["duplicates", "\udcff"], ["serve", "\udcff"],
+         ["export", "x", "-o", "\udcff", "--onnx"]]  # fmt: skip
+SAY = [lambda _, words=words: command.main([*words, "--dry_run"]) for words in WORDS] + [
+    lambda _: making.report_skipped(SimpleNamespace(folder=Path("\udcff"), skipped=lambda: [("x", "is empty")])),
+    lambda index: export.write_names(Store.open(index), index.parent / "\udcff.csv"),
+    lambda index: export.write_parquet(Store.open(index), index.parent / "\udcff.parquet"),
+]
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "utf-8"])
+@pytest.mark.parametrize("command_of", SAY)
+def test_every_command_prints_folders_that_are_no_text(command_of, encoding, index, monkeypatch):
+    output = io.TextIOWrapper(io.BytesIO(), encoding=encoding, newline="\n")
+    monkeypatch.setattr(sys, "stdout", output)
+    command_of(index)
+    assert rb"\udcff" in output.buffer.getvalue()
+
+
 @pytest.mark.parametrize(
     ("flags", "words"),
     [
@@ -153,6 +176,13 @@ def test_wrong_flags_are_refused_in_a_line(flags, words, asked):
     assert (code, output) == (2, "")
     assert errors.count("\n") == 1
     assert words in errors
+
+
+@pytest.mark.parametrize("words", [["index", "p", "-o", "x"], ["query", "x", "y"], ["duplicates", "x"], ["serve", "x"]])
+def test_without_faiss_it_is_said_what_to_install(words, monkeypatch, capsys):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: name != "faiss" or None)
+    assert run_script(lambda: command.main(words)) == 2
+    assert capsys.readouterr().err == "error: faiss is needed: pip install -r requirements-extra.txt\n"
 
 
 def test_a_folder_that_holds_no_image(asked, photos):

@@ -137,6 +137,23 @@ def test_a_feature_is_brought_to_unit_length(client, api):
     assert np.allclose([hit["cosine"] for hit in hits], [expected[hit["id"] // 2] for hit in hits], atol=1e-6)
 
 
+@pytest.mark.parametrize("tiny", [1e-20, 1e-30, 1e-44])
+def test_numbers_whose_squares_vanish(client, api, tiny):
+    for vector, feature in (([1] * D, [tiny] * F), ([tiny] * D, [1] * F)):
+        answer = post(client, json.dumps({"vector": vector, "feature": feature}), "application/json")
+        assert answer.status_code == 200
+        expected = api.searcher.features.sum(axis=1) / np.sqrt(F)
+        for hit in answer.json["hits"]:
+            assert abs(hit["cosine"] - expected[hit["id"] // 2]) < 1e-5
+
+
+def test_names_and_folders_of_a_list_are_absolute(client, api):
+    api.store.all = [f"/data/{name}" for name in api.store.all]
+    for folder in ("/data/cats", "/data/cats/"):
+        hits = get(client, f"/sample?k=1000&under={folder}").json["hits"]
+        assert len(hits) == 16 and all(hit["name"].startswith("/data/cats/") for hit in hits)
+
+
 def test_some_images_to_begin_with(client):
     first = get(client, "/sample?k=8").json
     assert first == get(client, "/sample?k=8&seed=0").json != get(client, "/sample?k=8&seed=1").json
@@ -302,6 +319,8 @@ VECTORS = [
     json.dumps({"vector": [True] * D}), json.dumps({"vector": [[1]] * D}), json.dumps({"vector": [10**400] * D}),
     '{"vector": [' + "1" * 5000 + "]}", json.dumps({"vector": {str(i): 1 for i in range(D)}}),
     json.dumps({"vector": [1] * D, "feature": [1]}), json.dumps({"vector": [1] * D, "feature": [0] * F}),
+    json.dumps({"vector": [0] * D}), json.dumps({"vector": [1e-60] * D}),
+    json.dumps({"vector": [1] * D, "feature": [1e-60] * F}),
     json.dumps({"vector": [1] * D, "path": "/etc/passwd"}), json.dumps({"vector": [1] * D, "k": True}),
     json.dumps({"vector": [1] * D, "k": 1.5}), json.dumps({"vector": [1] * D, "k": 10**4000}),
     json.dumps({"vector": [1] * D, "under": 3}), json.dumps({"vector": [1] * D, "under": "\ud800"}),
@@ -320,7 +339,7 @@ def test_a_body_in_another_encoding(client):
 
 PARAMETERS = ["k=0", "k=1001", "k=-1", "k=x", "k=", "k=1&k=2", "k=1e2", "k=%D9%A2", "rerank=-1", "rerank=100001",
               "nprobe=0", "seed=1", "path=/etc/passwd", "under=nowhere", "k=" + "9" * 500, "K=3",
-              "under=cat"]  # fmt: skip
+              "under=cat", "under=/cats"]  # fmt: skip
 
 
 @pytest.mark.parametrize("query", PARAMETERS)
@@ -418,12 +437,27 @@ def test_more_searches_than_allowed_get_503(api, client, red):
     assert post(client, red).status_code == 200
 
 
-def test_refused_requests_free_their_place(client, red):
+def test_bodies_together_are_bounded(api, client, red):
+    api.decoder.may_go.clear()
+    api.most_held = 3 * len(red) + 1
+    threads = [threading.Thread(target=post, args=(Client(api), red)) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    wait_for(lambda: api.held == 3 * len(red))
+    refused(post(client, red), 503, "too many images")
+    assert get(client, "/like/2").status_code == 200
+    api.decoder.may_go.set()
+    for thread in threads:
+        thread.join()
+    assert api.held == 0 and post(client, red).status_code == 200
+
+
+def test_refused_requests_free_their_place(client, api, red):
     for _ in range(12):
         refused(post(client, b"no image"), 400)
         refused(post(client, b"{", "application/json"), 400)
         refused(post(client, b"\0" * (MOST_BYTES + 1)), 413)
-    assert post(client, red).status_code == 200
+    assert api.held == 0 and post(client, red).status_code == 200
 
 
 def test_a_failure_is_one_line_in_the_log_and_none_of_it_in_the_answer(client, api, monkeypatch, caplog):

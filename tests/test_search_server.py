@@ -153,6 +153,22 @@ def test_silent_clients_are_ended(server):
             assert time.monotonic() - start < 3
 
 
+def test_who_announces_a_body_and_sends_nothing_keeps_nobody_out(server, folder, monkeypatch):
+    monkeypatch.setattr(connections, "BODY_SECONDS", 20)
+    server.app.free = threading.BoundedSemaphore(2)
+    content = photo(folder.parent / "red.png")
+    with contextlib.ExitStack() as clients:
+        for _ in range(6):
+            client = clients.enter_context(connected(server))
+            client.sendall(lines(server, "Content-Type: image/jpeg", "Content-Length: 100000"))
+            client.sendall(b"\0" * 9)
+        wait_for(lambda: server.free._value == 6)
+        time.sleep(0.2)  # until they wait for the bodies
+        assert asked(server, "POST", "/search", content, {"Content-Type": "image/png"})[0] == 200
+        assert asked(server, "GET", "/like/2")[0] == 200
+    wait_for(lambda: server.free._value == 12 and server.app.free._value == 2 and server.app.held == 0)
+
+
 def test_more_connections_than_allowed_get_503(server):
     held = [connected(server) for _ in range(12)]
     wait_for(lambda: server.free._value == 0)

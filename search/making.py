@@ -9,6 +9,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from search.store import (
     FORMAT,
     INDEX,
@@ -215,9 +217,10 @@ class Making:
         if n == 0:
             raise InputError(f"{self.folder}: no image is left to search; {SKIPPED} says why files are left out")
         kind = ann.kind_for(n) if info["kind"] == "auto" else info["kind"]
-        held = store.ids[:: max(n // HELD_BACK, 1)][:HELD_BACK] if kind == "ivf" else []
-        vectors = machine.vectors(store.path(image) for image in held)
-        info["index"] = ann.build(self.folder / SEARCH, machine.encoder.codewords, store.codes(), kind, vectors)
+        held = np.arange(n)[:: max(n // HELD_BACK, 1)][: HELD_BACK if kind == "ivf" else 0]
+        vectors, places = machine.vectors(map(store.path, store.ids[held]))
+        codewords, queries = machine.encoder.codewords, (vectors, held[places])
+        info["index"] = ann.build(self.folder / SEARCH, codewords, store.codes(), kind, queries)
         store.close()
         shutil.rmtree(self.folder / PARTS, ignore_errors=True)
         info |= {"complete": True, "images": n, "next_id": writer.next_id(), "versions": versions()}

@@ -264,11 +264,13 @@ def absolute(path: Path) -> str:
 
 def can_be_listed(base: Path, place: bytes) -> bool:
     """Whether it can be told what is in a folder below `base`, and in those around it; of one that is gone, it can:
-    nothing."""
+    nothing. Of a link whose target is gone it cannot: that may be on a drive that is not there for now."""
+    path = Path(base, os.fsdecode(place))
     try:
-        os.scandir(os.path.join(os.fsencode(base), place)).close()  # noqa: PTH118
+        os.scandir(path).close()
     except (FileNotFoundError, NotADirectoryError):
-        pass
+        if path.is_symlink() and not path.exists():
+            return False
     except OSError:
         return False
     return not place or can_be_listed(base, folder_of(place))
@@ -299,7 +301,10 @@ def versions() -> dict[str, str]:
     """Those of the packages that codes and their search depend on."""
     from importlib.metadata import version
 
-    return {name: version(name) for name in ("torch", "torchvision", "numpy", "pillow", "faiss-cpu")}
+    import faiss  # of faiss-cpu, faiss-gpu or conda: the package's name differs
+
+    names = ("torch", "torchvision", "numpy", "pillow")
+    return {name: version(name) for name in names} | {"faiss": faiss.__version__}
 
 
 def say(line: str) -> None:

@@ -148,6 +148,12 @@ HEIC_BRANDS = frozenset((b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b
 AVIF_BRANDS = frozenset((b"avif", b"avis"))
 HEIF_BRANDS = HEIC_BRANDS | AVIF_BRANDS
 
+# reasons that lie outside of a file: it may be usable later although it has not changed
+NO_AVIF = "AVIF needs Pillow >= 11.3: pip install -U pillow"
+NO_HEIC = "HEIC needs pillow-heif: pip install -r requirements-extra.txt"
+NO_MEMORY = "needs more memory than there is"
+NOT_PERMITTED = "must not be read"
+
 
 class UnusableImageError(ValueError):
     """An image that cannot be used; its message is the reason."""
@@ -216,9 +222,9 @@ def readable_formats(beginning: bytes) -> list[str]:
     brands = brands_of(beginning)
     if brands & AVIF_BRANDS:
         if not features.check("avif"):
-            raise UnusableImageError("AVIF needs Pillow >= 11.3: pip install -U pillow")
+            raise UnusableImageError(NO_AVIF)
     elif brands & HEIC_BRANDS and not _heic_registered():
-        raise UnusableImageError("HEIC needs pillow-heif: pip install -r requirements-extra.txt")
+        raise UnusableImageError(NO_HEIC)
     Image.init()
     return [name for name in FORMATS if name in Image.OPEN]
 
@@ -292,13 +298,13 @@ def reason_of(error: BaseException) -> str:
     if isinstance(error, FileNotFoundError):
         return "is missing"
     if isinstance(error, PermissionError):
-        return "must not be read"
+        return NOT_PERMITTED
     if isinstance(error, UnidentifiedImageError):
         return "is not an image that can be read (JPEG, PNG, WebP, AVIF, HEIC, GIF, TIFF, BMP)"
     if isinstance(error, Image.DecompressionBombError):
         return f"has more than {MOST_PIXELS} pixels"
     if isinstance(error, MemoryError):
-        return "needs more memory than there is"
+        return NO_MEMORY
     if isinstance(error, OSError) and error.strerror:
         return f"cannot be read ({error.strerror})"
     reason = re.sub(r"<[^<>]* object at 0x[0-9a-f]+>", "it", one_line(error))
@@ -311,6 +317,15 @@ def photo_content(path: Path) -> bytes:
         if os.fstat(file.fileno()).st_size > MOST_BYTES:
             raise UnusableImageError(f"has more than {MOST_BYTES} bytes")
         return file.read(MOST_BYTES)
+
+
+def may_be_usable(path: Path, reason: str) -> bool:
+    """Whether a file that could not be used for this reason, of `reason_of`, is worth another attempt unchanged."""
+    if reason == NO_HEIC:
+        return _heic_registered()
+    if reason == NO_AVIF:
+        return bool(features.check("avif"))
+    return reason == NO_MEMORY or (reason == NOT_PERMITTED and os.access(path, os.R_OK))
 
 
 def photo_fault(path: Path) -> str:

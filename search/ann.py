@@ -35,9 +35,14 @@ def nlist_for(n: int) -> int:
 # ---------------------------------------------------------------- building
 
 
-def build(path: Path, codewords: np.ndarray, codes: np.ndarray, kind: str, query_vectors: np.ndarray) -> dict:
+def build(
+    path: Path, codewords: np.ndarray, codes: np.ndarray, kind: str, queries: tuple[np.ndarray, np.ndarray]
+) -> dict:
     """Write the index of some codes, "flat" or "ivf", atomically. Returns its description for `index.json`: the kind,
-    the number of lists, and the recall of the query vectors' best scores, against comparing all.
+    the number of lists, and the recall of the queries' best scores, against comparing all.
+
+    Args:
+        queries: vectors of some of the images, `[q, M d]`, and the positions of these, `[q]`.
 
     Raises InputError if there are no codes.
     """
@@ -47,7 +52,7 @@ def build(path: Path, codewords: np.ndarray, codes: np.ndarray, kind: str, query
         return {"kind": "flat", "nlist": 0, "recall": {}}
     ivf = build_ivf(codewords, codes, nlist_for(len(codes)))
     write(ivf, path)
-    return {"kind": "ivf", "nlist": ivf.nlist, "recall": recall(ivf, flat, query_vectors)}
+    return {"kind": "ivf", "nlist": ivf.nlist, "recall": recall(ivf, flat, *queries)}
 
 
 def build_flat(codewords: np.ndarray, codes: np.ndarray) -> faiss.IndexPQ:
@@ -218,12 +223,19 @@ def search_subset(
     return scores, found_at
 
 
-def recall(index: faiss.Index, exact: faiss.Index, vectors: np.ndarray) -> dict[str, object]:
+def recall(index: faiss.Index, exact: faiss.Index, vectors: np.ndarray, own: np.ndarray) -> dict[str, object]:
     """The share of each query's k best scores that an index finds, for each k of `RECALL_AT`: a mean over queries. An
-    image that scores as high as the k-th is as good as it."""
+    image that scores as high as the k-th is as good as it; the query's own, at the position `own`, does not count."""
     measured = {"queries": len(vectors), "nprobe": min(NPROBE, getattr(index, "nlist", NPROBE))}
     for k in RECALL_AT:
-        best, found = search(exact, vectors, k)[0], search(index, vectors, k)[0]
+        best, found = (scores_of_others(*search(one, vectors, k + 1), own) for one in (exact, index))
         rounding = 1e-6 * np.abs(best).max(initial=1)
-        measured[f"at_{k}"] = float((found >= best[:, -1:] - rounding).mean()) if len(vectors) else None
+        measured[f"at_{k}"] = float((found >= best[:, -1:] - rounding).mean()) if best.size else None
     return measured
+
+
+def scores_of_others(scores: np.ndarray, positions: np.ndarray, own: np.ndarray) -> np.ndarray:
+    """Scores `[q, k + 1]` -> `[q, k]`, without that of each query's own position, or without the last."""
+    others = positions != own[:, None]
+    others[:, -1] &= ~others.all(axis=1)
+    return scores[others].reshape(len(scores), -1)

@@ -24,6 +24,7 @@ from utils import RunError
 PER_TASK = 8  # files that a process is given at once
 IN_FLIGHT = 384  # images decoded ahead, whatever the number of processes: three batches of the encoder
 SECONDS_TO_START, SECONDS_TO_END = 120, 5  # a process that waits for a disk cannot be killed
+TOO_LONG = "its decoder took more than {} s"
 HEADER = struct.Struct("<iiI")  # width, height, bytes of the reason
 
 
@@ -145,7 +146,7 @@ class _Decoder:
             self.kill()
             raise _EndedError(f"its decoder crashed (exit code {self.process.exitcode})") from None
         self.kill()
-        raise TimeoutError(f"its decoder took more than {self.seconds:g} s")
+        raise TimeoutError(TOO_LONG.format(f"{self.seconds:g}"))
 
     def kill(self) -> None:
         self.process.kill()
@@ -230,6 +231,14 @@ class DecodingPool:
                 self.decoders = [one for one in self.decoders if one is not decoder] + [fresh]
             self.own.decoder = fresh
         return self.own.decoder
+
+
+def seconds_of(reason: str) -> float | None:
+    """How long a decoder was waited for, by the reason for which an image was left out; None if that is another."""
+    before, after = TOO_LONG.split("{}")
+    if not reason.startswith(before) or not reason.endswith(after):
+        return None
+    return float(reason.removeprefix(before).removesuffix(after))
 
 
 def start_server() -> None:

@@ -74,11 +74,13 @@ class Machine:
     pool: DecodingPool
     encoder: "Encoder"
 
-    def vectors(self, paths: Iterable[Path]) -> np.ndarray:
-        """What a search for each of the files would be made with, `[n, D]`; without those that cannot be used now."""
-        pixels = [image.pixels for image in self.pool.paths(paths) if image.pixels is not None]
+    def vectors(self, paths: Iterable[Path]) -> tuple[np.ndarray, np.ndarray]:
+        """What a search for each of the files would be made with, `[n, D]`, and their places among the paths, `[n]`;
+        without those that cannot be used now."""
+        pixels = {place: image.pixels for place, image in enumerate(self.pool.paths(paths)) if image.pixels is not None}
         S = self.encoder.image_size
-        return self.encoder.encode(np.stack(pixels) if pixels else np.empty((0, 3, S, S), np.uint8)).vectors
+        images = np.stack([*pixels.values()]) if pixels else np.empty((0, 3, S, S), np.uint8)
+        return self.encoder.encode(images).vectors, np.array([*pixels], np.int64)
 
 
 class Shards:

@@ -6,7 +6,7 @@ python -m search index -o mine.index --remove holiday/0815.jpg drafts/
 
 A run that was ended goes on with the same command. --update encodes what is new or has changed (another size or time
 of change) and removes what is gone. Files that cannot be used stand in mine.index/skipped.csv and are tried again once
-they change. What --remove takes out stays out until the file changes.
+they change, or once what they lacked is there. What --remove takes out stays out until the file changes.
 
 A list is a text file with a path per line, absolute or relative to the list's folder; the index names images by the
 line, and those of a folder by their path from there.
@@ -132,9 +132,7 @@ def index(request: Request, hardware: Hardware) -> int:
             if not (pending or gone or removed) and making.is_ready():
                 say(f"{request.folder}: nothing to do, {writer.count()} images")
                 return report_skipped(writer)
-            making.begin()
-            writer.forget(gone)
-            writer.leave_out(removed)
+            making.begin(writer, pending, gone, removed)
             with making.machine() as machine:
                 making.encode(machine, writer, pending)
                 making.finish(machine, writer)

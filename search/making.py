@@ -9,6 +9,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from photos import say
 from search.store import (
     FORMAT,
@@ -115,7 +117,8 @@ def _model_sha256(run: Path) -> str:
 
 
 class Making:
-    """An index being made by a process that holds its lock. `info`: what goes into `index.json`.
+    """An index being made by a process that holds its lock. `info`: what goes into `index.json`; until it is complete,
+    "listing" says whether the photos are to be listed, for a run that goes on with it.
 
     Raises InputError if what is asked for does not fit what is there.
     """
@@ -124,7 +127,8 @@ class Making:
         claim(request.folder)
         self.request, self.hardware, self.folder = request, hardware, request.folder
         found = existing(request)
-        self.files = None if found and found["complete"] and not request.update else self._list(found)
+        listing = found is None or request.update or found.get("listing", False)
+        self.files = self._list(found) if listing else None
         self.info = found or self._create()
         self.base = Path(self.info["base"])
 
@@ -160,19 +164,30 @@ class Making:
         return load_encoder(self.folder / MODEL, self.hardware.device)
 
     def changes(self, writer: Writer) -> tuple[list[File], list[bytes]]:
-        """The files that are new or changed, in their order, and the paths of those that are gone, sorted. What is in a
-        folder that cannot be listed for now is not gone."""
+        """The files that are new or changed, or may be usable by now, in their order, and the paths of those that are
+        gone, sorted. What is in a folder that cannot be listed for now is not gone."""
         if self.files is None:
             return [], []
-        known, pending = writer.known(), []
+        known, pending, skipped = writer.known(), [], writer.skipped()
+        again = {os.fsencode(file.name) for file, reason in skipped if self._may_be_usable(file, reason)}
         for file in self.files:
             path, *state = file.row
-            if known.pop(path, None) != state:
+            if known.pop(path, None) != state or path in again:
                 pending.append(file)
-        out = {os.fsencode(file.name) for file, reason in writer.skipped() if reason == REMOVED}
+        out = {os.fsencode(file.name) for file, reason in skipped if reason == REMOVED}
         missing = sorted(known.keys() - out)
         unread = {place for place in set(map(folder_of, missing)) if not can_be_listed(self.base, place)}
         return pending, [path for path in missing if folder_of(path) not in unread]
+
+    def _may_be_usable(self, file: File, reason: str) -> bool:
+        """Whether a file that was left out, for a reason that lies outside of it, is worth another attempt."""
+        from decoding import may_be_usable
+        from search.decode import seconds_of
+
+        seconds = seconds_of(reason)
+        if seconds is not None:
+            return seconds < float(f"{self.hardware.decode_seconds:g}")
+        return may_be_usable(self.base / file.name, reason)
 
     def is_ready(self) -> bool:
         """Whether the index is finished, of the kind that is asked for, and what can be made anew is whole."""
@@ -180,12 +195,21 @@ class Making:
             return False
         return all(is_whole(self.folder, name, self.info["files"][name]) for name in (SEARCH, SKIPPED))
 
-    def begin(self) -> None:
-        """Mark the index as not finished."""
+    def begin(self, writer: Writer, pending: list[File], gone: list[bytes], removed: list[bytes]) -> None:
+        """Mark the index as not finished, and take out what is gone or to be removed.
+
+        Raises InputError, with the index as it was, if the model cannot be used here, or no image would be left.
+        """
+        self.encoder  # noqa: B018, it is loaded now, before anything is changed
+        if (gone or removed) and not pending and not writer.count(without=gone + removed):
+            raise InputError(f"{self.folder}: no image would be left to search; delete the folder if that is meant")
         self.info["kind"] = self.request.kind or self.info["kind"]
         self.info["complete"] = False
+        self.info["listing"] = self.files is not None
         self.info["files"] = kept_files(self.info)
         write_info(self.folder, self.info)
+        writer.forget(gone)
+        writer.leave_out(removed)
 
     @contextmanager
     def machine(self) -> "Iterator[Machine]":
@@ -216,13 +240,15 @@ class Making:
         if n == 0:
             raise InputError(f"{self.folder}: no image is left to search; {SKIPPED} says why files are left out")
         kind = ann.kind_for(n) if info["kind"] == "auto" else info["kind"]
-        held = store.ids[:: max(n // HELD_BACK, 1)][:HELD_BACK] if kind == "ivf" else []
-        vectors = machine.vectors(store.path(image) for image in held)
-        info["index"] = ann.build(self.folder / SEARCH, machine.encoder.codewords, store.codes(), kind, vectors)
+        held = np.arange(n)[:: max(n // HELD_BACK, 1)][: HELD_BACK if kind == "ivf" else 0]
+        vectors, places = machine.vectors(map(store.path, store.ids[held]))
+        codewords, queries = machine.encoder.codewords, (vectors, held[places])
+        info["index"] = ann.build(self.folder / SEARCH, codewords, store.codes(), kind, queries)
         store.close()
         shutil.rmtree(self.folder / PARTS, ignore_errors=True)
         info |= {"complete": True, "images": n, "next_id": writer.next_id(), "versions": versions()}
         info["files"] |= writer.files() | {name: sha256(self.folder / name) for name in (NAMES, SEARCH, SKIPPED)}
+        del info["listing"]
         writer.check_lock()
         write_info(self.folder, info)
 
@@ -234,11 +260,12 @@ def described(request: Request, encoder: "Encoder") -> dict[str, Any]:
     return {
         "format": FORMAT,
         "complete": False,
+        "listing": True,
         "model_sha256": encoder.model_sha256,
         "method": encoder.method,
         "M": encoder.M,
         "K": encoder.K,
-        "D": encoder.M * encoder.codewords.shape[2],
+        "D": encoder.D,
         "F": encoder.F,
         "bits": encoder.M * (encoder.K - 1).bit_length(),
         "transform": photo_transform(),
@@ -262,11 +289,13 @@ def absolute(path: Path) -> str:
 
 def can_be_listed(base: Path, place: bytes) -> bool:
     """Whether it can be told what is in a folder below `base`, and in those around it; of one that is gone, it can:
-    nothing."""
+    nothing. Of a link whose target is gone it cannot: that may be on a drive that is not there for now."""
+    path = Path(base, os.fsdecode(place))
     try:
-        os.scandir(os.path.join(os.fsencode(base), place)).close()  # noqa: PTH118
+        os.scandir(path).close()
     except (FileNotFoundError, NotADirectoryError):
-        pass
+        if path.is_symlink() and not path.exists():
+            return False
     except OSError:
         return False
     return not place or can_be_listed(base, folder_of(place))
@@ -297,7 +326,10 @@ def versions() -> dict[str, str]:
     """Those of the packages that codes and their search depend on."""
     from importlib.metadata import version
 
-    return {name: version(name) for name in ("torch", "torchvision", "numpy", "pillow", "faiss-cpu")}
+    import faiss  # of faiss-cpu, faiss-gpu or conda: the package's name differs
+
+    names = ("torch", "torchvision", "numpy", "pillow")
+    return {name: version(name) for name in names} | {"faiss": faiss.__version__}
 
 
 def report_skipped(writer: Writer) -> int:

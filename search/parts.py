@@ -26,8 +26,7 @@ def index_part(request: Request, hardware: Hardware, rank: int, world: int) -> i
             if not (pending or gone) and making.is_ready():
                 say(f"{folder}: nothing to do, {writer.count()} images")
                 return report_skipped(writer)
-            making.begin()
-            writer.forget(gone)
+            making.begin(writer, pending, gone, [])
             work = _state(_part(folder, 0, world)).get("work", "")
             if not pending or not undone(folder, world, work):  # a process was ended while it joined them
                 return join(making, writer, [_part(folder, rank, world) for rank in range(world if pending else 0)])

@@ -73,16 +73,13 @@ class Searcher:
         encoded = self.encoder.encode(pixels[None])
         return self.search(encoded.vectors[0], encoded.features[0], options)
 
-    def of_id(self, image: int, options: Options, itself: bool = False) -> list[Hit]:
-        """The images like one of the index, by its code and features. Raises KeyError if there is none with this id.
-
-        Args:
-            itself: whether it may be among them.
-        """
+    def of_id(self, image: int, options: Options) -> list[Hit]:
+        """The images like one of the index, itself left out, by its code and features. Raises KeyError if there is none
+        with this id."""
         position = np.array([self.store.position(image)])
         vector = self.encoder.vectors_of(self.codes[position])[0]
         feature = self.store.features(position)[0] if self.store.has_features else None
-        return self.search(vector, feature, options, None if itself else int(position[0]))
+        return self.search(vector, feature, options, int(position[0]))
 
     def neighbours(self, positions: np.ndarray, k: int, nprobe: int) -> np.ndarray:
         """Positions of the k images whose codes are nearest to those of some images, themselves among them: `[p, k]`,

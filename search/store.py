@@ -122,7 +122,8 @@ def connect(path: Path, mode: str) -> sqlite3.Connection:
 
 
 class Store:
-    """The live images of an index: their ids, names, codes and features. Threads may share it.
+    """The live images of an index: their ids, names, codes and features. Threads may share it. What another process
+    adds or removes later makes no difference.
 
     A position is a row of `codes()` and of `search.faiss`: the image with id `ids[position]`.
 
@@ -146,7 +147,7 @@ class Store:
         not finished."""
         info = read_info(folder)
         if not info["complete"]:
-            raise InputError(f"{folder} is not finished, indexing was interrupted: run the same command again")
+            raise InputError(f"{folder} is being indexed, or that was interrupted: then run the same command again")
         verify(folder, info["files"])
         try:
             return cls(folder, info)
@@ -210,14 +211,11 @@ class Store:
 
     def rows(self, ids: np.ndarray) -> list[tuple[str, int, int]]:
         """Name, width and height of live images. Raises KeyError if one is none."""
-        query = "SELECT path, width, height FROM images WHERE id = ? AND status = 'indexed'"
-        found = []
-        with self._lock:
-            for image in map(int, ids):
-                row = self._tables.execute(query, (image,)).fetchone() if 0 <= image < self._next_id else None
-                if row is None:
-                    raise KeyError(image)
-                found.append((os.fsdecode(row[0]), row[1], row[2]))
+        query, found = "SELECT path, width, height FROM images WHERE id = ?", []
+        for image in map(int, ids):
+            self.position(image)
+            ((path, width, height),) = self._rows(query, (image,))
+            found.append((os.fsdecode(path), width, height))
         return found
 
     def names(self, ids: np.ndarray) -> list[str]:
@@ -233,13 +231,16 @@ class Store:
 
     def under(self, subfolder: str) -> np.ndarray:
         """The positions of the live images below a folder, ascending `[k]` int64; of "" or "." all images."""
-        ids = self._rows(*below(subfolder, "SELECT id FROM images"))
-        return np.searchsorted(self.ids, np.sort(np.array(ids, np.int64).reshape(-1)))
+        condition, values = below(subfolder)
+        live = f"SELECT id FROM images WHERE status = 'indexed' AND {condition}"  # noqa: S608
+        removed = f"SELECT id FROM images WHERE status = 'removed' AND {condition}"  # noqa: S608, some were live before
+        ids = np.array(self._rows(f"{live} UNION ALL {removed}", values * 2), np.int64).reshape(-1)
+        return np.searchsorted(self.ids, np.setdiff1d(ids[ids < self._next_id], self._removed))
 
 
-def below(subfolder: str, statement: str) -> tuple[str, tuple]:
-    """An SQL statement about the live images below a folder, with its values."""
+def below(subfolder: str) -> tuple[str, tuple[bytes, ...]]:
+    """The SQL condition that a path is below a folder, with its values; any path is below "" and "."."""
     prefix = os.fsencode(subfolder.rstrip("/").removeprefix("./"))
     if prefix in (b"", b"."):
-        return f"{statement} WHERE status = 'indexed'", ()
-    return f"{statement} WHERE status = 'indexed' AND path > ? AND path < ?", (prefix + b"/", prefix + b"0")
+        return "1", ()
+    return "path > ? AND path < ?", (prefix + b"/", prefix + b"0")

@@ -32,6 +32,12 @@ from search.store import (  # fmt: skip
 from utils import InputError, RunError, atomic_write, one_line
 
 REMOVED = "was removed by --remove"  # why a file is left out
+# a row that is there already is not written again: a run that goes on tries some files anew, and leaves the same bytes
+SKIP = """
+INSERT INTO skipped VALUES (?, ?, ?, ?) ON CONFLICT(path)
+DO UPDATE SET size = excluded.size, mtime = excluded.mtime, reason = excluded.reason
+WHERE (size, mtime, reason) IS NOT (excluded.size, excluded.mtime, excluded.reason)
+"""
 
 
 @dataclass(frozen=True)
@@ -106,9 +112,11 @@ class Writer:
     def next_id(self) -> int:
         return self._rows("SELECT coalesce(sum(rows), 0) FROM shards")[0][0]
 
-    def count(self) -> int:
-        """The number of live images."""
-        return self._rows("SELECT count(*) FROM images WHERE status = 'indexed'")[0][0]
+    def count(self, without: Iterable[bytes] = ()) -> int:
+        """The number of live images, those of some paths not counted."""
+        query = "SELECT count(*) FROM images WHERE status = 'indexed'"
+        left_out = sum(self._rows(f"{query} AND path = ?", (path,))[0][0] for path in set(without))
+        return self._rows(query)[0][0] - left_out
 
     def known(self) -> dict[bytes, tuple[int, int]]:
         """Size and time of change of each file that is indexed, or left out for a reason, when that was found."""
@@ -159,7 +167,7 @@ class Writer:
             self._remove(paths + [(path,) for path, *_ in skipped])
             self.tables.executemany("DELETE FROM skipped WHERE path = ?", paths)
             self.tables.executemany("INSERT INTO images VALUES (?, ?, ?, ?, ?, ?, ?)", rows)
-            self.tables.executemany("INSERT OR REPLACE INTO skipped VALUES (?, ?, ?, ?)", skipped)
+            self.tables.executemany(SKIP, skipped)
             if rows:
                 self.tables.execute("INSERT INTO shards VALUES (?, ?, ?, ?, ?)",
                                     (number, first, len(rows), *digests.values()))  # fmt: skip
@@ -184,18 +192,15 @@ class Writer:
 
     def chosen(self, names: list[str]) -> list[bytes]:
         """The live images that are named; a name ending in / is that of a folder. Raises InputError if there is none of
-        a name, unless it was removed before."""
+        a name, unless it was removed before, or if it names the folder of all images."""
         found: dict[bytes, None] = {}
         for name in names:
-            path = os.fsencode(name)
-            if name.endswith("/"):
-                rows = self._rows(*below(name, "SELECT path FROM images"))
-                before = "SELECT 1 FROM skipped WHERE path > ? AND path < ? AND reason = ?"
-                removed = self._rows(before, (path, path[:-1] + b"0", REMOVED))
-            else:
-                rows = self._rows("SELECT path FROM images WHERE path = ? AND status = 'indexed'", (path,))
-                removed = self._rows("SELECT 1 FROM skipped WHERE path = ? AND reason = ?", (path, REMOVED))
-            if not rows and not removed:
+            condition, values = below(name) if name.endswith("/") else ("path = ?", (os.fsencode(name),))
+            if not values:
+                raise InputError(f"--remove {printable(name)}: that is every image; delete {self.folder} instead")
+            rows = self._rows(f"SELECT path FROM images WHERE status = 'indexed' AND {condition}", values)  # noqa: S608
+            before = f"SELECT 1 FROM skipped WHERE reason = ? AND {condition} LIMIT 1"  # noqa: S608
+            if not rows and not self._rows(before, (REMOVED, *values)):
                 raise InputError(f"--remove {printable(name)}: the index has no such image; names are relative to the "
                                  "photos, a folder's ends in /")  # fmt: skip
             found |= {path: None for (path,) in rows}

@@ -2,11 +2,13 @@
 sends it a signal at a given moment. Speaks lines of JSON as `forks.py` does: {"argv": [...], "kill": seconds or null,
 "number": the signal's}."""
 
+import csv
 import json
 import os
 import sys
 import tempfile
 import time
+import zlib
 from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
@@ -15,6 +17,7 @@ from typing import ClassVar
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import hashlib
 
+import faiss  # noqa: F401, once, not in each fork
 import numpy as np
 
 import search.decode
@@ -22,9 +25,11 @@ import search.encoding
 import search.making
 from search import indexing
 from search.decode import Decoded
+from search.store import Store
 from utils import run_script, sha256
 
 M, D, F, SIZE = 4, 2, 8, 4
+TRANSFORM = "fake"
 
 
 class FakeEncoder:
@@ -32,6 +37,7 @@ class FakeEncoder:
 
     M, K, F, image_size, method = M, 256, F, SIZE, "fake"
     codewords = np.random.default_rng(0).random((M, 256, D), np.float32)
+    D = codewords[:, 0].size
 
     def __init__(self, folder):
         self.model_sha256 = sha256(folder / "model.cpt")
@@ -77,7 +83,7 @@ class OwnProcess:
 
 FAKE_ANN = SimpleNamespace(
     kind_for=lambda n: "flat",
-    build=lambda path, codewords, codes, kind, vectors: path.write_bytes(codes.tobytes()) and {"kind": kind},
+    build=lambda path, codewords, codes, kind, queries: path.write_bytes(codes.tobytes()) and {"kind": kind},
 )
 
 
@@ -90,7 +96,7 @@ def fakes():
     ann = getattr(search, "ann", None), sys.modules.get("search.ann")
     search.making.load_encoder = lambda folder, device: FakeEncoder(folder)
     search.decode.DecodingPool = OwnProcess
-    search.making.photo_transform = lambda: "fake"
+    search.making.photo_transform = lambda: TRANSFORM
     search.ann = sys.modules["search.ann"] = FAKE_ANN
     OwnProcess.opened = []
     try:
@@ -110,6 +116,41 @@ def write_run(folder):
     (folder / "model.cpt").write_bytes(bytes(range(200)))
     (folder / "config.json").write_text("{}")
     return folder
+
+
+def write_files(folder, contents):
+    """Name -> bytes; the time of change tells contents apart, too."""
+    for name, content in contents.items():
+        path = folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(content)
+        os.utime(path, ns=(0, 10**18 + zlib.crc32(content)))
+
+
+def write_place(folder):
+    """A folder of 30 images below two folders, and a run."""
+    write_files(folder / "photos", {f"{'ab'[i % 2]}/{i:02d}.jpg": f"image {i}".encode() for i in range(30)})
+    write_run(folder / "run")
+    return folder
+
+
+def index(place, *flags):
+    """Call the verb with fakes. Returns the names of the files that were opened."""
+    new = [] if (place / "index" / "index.json").exists() else [place / "photos", "--model", place / "run"]
+    with fakes() as pool:
+        indexing.main([str(flag) for flag in [*new, "-o", place / "index", *flags]])
+        return sorted(str(Path(path).relative_to(place / "photos")) for path in pool.opened)
+
+
+def found(place):
+    """Name -> (id, code)."""
+    store = Store.open(place / "index")
+    return dict(zip(store.names(store.ids), zip(store.ids.tolist(), store.codes().tolist(), strict=True), strict=True))
+
+
+def left_out(place):
+    with (place / "index" / "skipped.csv").open(newline="") as file:
+        return dict(list(csv.reader(file))[1:])
 
 
 def child(argv, folder):

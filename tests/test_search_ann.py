@@ -171,14 +171,38 @@ def test_kind_and_lists_by_the_number_of_images():
     assert all(1 <= ann.nlist_for(n) <= n for n in range(1, 300))
 
 
+def test_recall_does_not_count_the_query_itself():
+    codewords, codes = unit_codewords(4, 64, 6), codes_of(300, 4, 64)
+    vectors = ann.reconstructions(codewords, codes[:40])
+
+    class Itself:
+        """An index that finds each query's own image, and the worst of the others."""
+
+        ntotal = 300
+
+        def search(self, queries, k, params):
+            exact = brute_force(codewords, codes, queries).astype(np.float32)
+            order = np.argsort(exact, axis=1, kind="stable")[:, : k - 1]
+            positions = np.hstack([np.arange(len(queries))[:, None], order])
+            return np.take_along_axis(exact, positions, axis=1), positions
+
+    flat = ann.build_flat(codewords, codes)
+    assert ann.recall(Itself(), flat, vectors, np.arange(40))["at_10"] == 0
+    assert ann.recall(flat, flat, vectors, np.arange(40))["at_100"] == 1
+    scores, positions = np.float32([[3, 2, 1], [3, 2, 1]]), np.array([[7, 8, 9], [4, 5, 6]])
+    assert ann.scores_of_others(scores, positions, np.array([8, 9])).tolist() == [[3, 1], [3, 2]]
+    one = ann.build_flat(codewords, codes[:1])
+    assert ann.recall(one, one, vectors[:1], np.arange(1))["at_10"] is None
+
+
 # ---------------------------------------------------------------- files
 
 
 @pytest.mark.parametrize("kind", ["flat", "ivf"])
 def test_a_file_is_written_whole_and_searched_where_it_lies(kind, clustered, tmp_path):
     codewords, codes, vectors = clustered
-    path = tmp_path / "search.faiss"
-    told = ann.build(path, codewords, codes, kind, vectors)
+    path, own = tmp_path / "search.faiss", np.arange(50)
+    told = ann.build(path, codewords, codes, kind, (vectors, own))
     assert told["kind"] == kind
     assert told["nlist"] == (0 if kind == "flat" else 128)
     if kind == "ivf":
@@ -188,14 +212,14 @@ def test_a_file_is_written_whole_and_searched_where_it_lies(kind, clustered, tmp
     for ours, expected in zip(ann.search(mapped, vectors, 100), ann.search(built, vectors, 100), strict=True):
         np.testing.assert_array_equal(ours, expected)
     content = path.read_bytes()
-    ann.build(path, codewords, codes, kind, vectors)  # a file that is mapped is replaced, not changed
+    ann.build(path, codewords, codes, kind, (vectors, own))  # a file that is mapped is replaced, not changed
     assert path.read_bytes() == content
     assert [p.name for p in tmp_path.iterdir()] == ["search.faiss"]
 
 
 def test_an_index_is_read_from_several_threads(clustered, tmp_path):
     codewords, codes, vectors = clustered
-    ann.build(tmp_path / "search.faiss", codewords, codes, "ivf", vectors)
+    ann.build(tmp_path / "search.faiss", codewords, codes, "ivf", (vectors, np.arange(50)))
     index, wrong = ann.open_mapped(tmp_path / "search.faiss"), []
     expected = {nprobe: ann.search(index, vectors, 30, nprobe) for nprobe in (1, 4, 16, 64)}
 

@@ -93,7 +93,7 @@ def write_index(folder, photos, run):
             "features": "int8", "base": str(photos), "method": encoder.method, "transform": "photo",
             "model_sha256": encoder.model_sha256, "files": {}}  # fmt: skip
     codes = Store(folder, info).codes()
-    ann.build(folder / "search.faiss", encoder.codewords, codes, "flat", np.zeros((0, encoder.D), np.float32))
+    ann.build(folder / "search.faiss", encoder.codewords, codes, "flat", ())
     write_skipped(folder, [])
     others = ("model/model.cpt", "model/config.json", "names.sqlite", "search.faiss", "skipped.csv")
     write_info(folder, info | {"files": files | {name: sha256(folder / name) for name in others}})

@@ -1,20 +1,17 @@
 """`python -m search index`: what it reads and what it leaves alone, kills, several processes, wrong input."""
 
-import csv
 import json
 import os
 import shutil
 import signal
 import subprocess
 import sys
-import zlib
-from pathlib import Path
 
 import index_forks
 import numpy as np
 import pytest
 from helpers import HOSTILE, ROOT, SEED, Killed, wait_for, write_photos
-from index_forks import FakeEncoder, fakes, write_run
+from index_forks import FakeEncoder, fakes, found, index, left_out, write_files, write_place, write_run
 
 from search import __main__ as command
 from search import indexing
@@ -27,40 +24,9 @@ from utils import InputError, RunError, run_script, sha256
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 
-def write_files(folder, contents):
-    """Name -> bytes; the time of change tells contents apart, too."""
-    for name, content in contents.items():
-        path = folder / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(content)
-        os.utime(path, ns=(0, 10**18 + zlib.crc32(content)))
-
-
 @pytest.fixture
 def place(tmp_path):
-    """A folder of 30 images below two folders, and a run."""
-    write_files(tmp_path / "photos", {f"{'ab'[i % 2]}/{i:02d}.jpg": f"image {i}".encode() for i in range(30)})
-    write_run(tmp_path / "run")
-    return tmp_path
-
-
-def index(place, *flags):
-    """Call the verb with fakes. Returns the names of the files that were opened."""
-    new = [] if (place / "index" / "index.json").exists() else [place / "photos", "--model", place / "run"]
-    with fakes() as pool:
-        indexing.main([str(flag) for flag in [*new, "-o", place / "index", *flags]])
-        return sorted(str(Path(path).relative_to(place / "photos")) for path in pool.opened)
-
-
-def found(place):
-    """Name -> (id, code)."""
-    store = Store.open(place / "index")
-    return dict(zip(store.names(store.ids), zip(store.ids.tolist(), store.codes().tolist(), strict=True), strict=True))
-
-
-def left_out(place):
-    with (place / "index" / "skipped.csv").open(newline="") as file:
-        return dict(list(csv.reader(file))[1:])
+    return write_place(tmp_path)
 
 
 def codes_of(rows):
@@ -188,26 +154,30 @@ def test_an_approximate_search_is_measured_by_a_hundred_images(place, monkeypatc
     write_files(place / "photos", {f"d/{i:04d}.jpg": f"d {i}".encode() for i in range(500)})
     calls = []
 
-    def build(path, codewords, codes, kind, vectors):
+    def build(path, codewords, codes, kind, queries):
         path.write_bytes(kind.encode())
-        calls.append((kind, codes, vectors))
+        calls.append((kind, codes, *queries))
         return {"kind": kind, "nlist": 7, "recall": {}}
 
     monkeypatch.setattr(index_forks.FAKE_ANN, "build", build)
     assert len(index(place, "--kind", "ivf")) == 530 + 100
-    ((kind, codes, vectors),) = calls
+    ((kind, codes, vectors, own),) = calls
     assert kind == "ivf"
     assert len(codes) == 530
     expected = np.concatenate([FakeEncoder.codewords[m, codes[::5, m]] for m in range(4)], axis=1)[:100]
     assert vectors.tolist() == expected.tolist()
+    assert own.tolist() == list(range(0, 500, 5))
     assert read_info(place / "index")["index"] == {"kind": "ivf", "nlist": 7, "recall": {}}
     write_files(place / "photos", {"new.jpg": b"new"})
     assert len(index(place, "--update")) == 101
     assert index(place, "--update") == []
     assert index(place, "--update", "--kind", "flat") == []
     assert index(place, "--update") == []
-    assert [kind for kind, _, _ in calls] == ["ivf", "ivf", "flat"]
+    assert [kind for kind, *_ in calls] == ["ivf", "ivf", "flat"]
     assert calls[-1][2].shape == (0, 8)
+    (place / "photos" / "a" / "00.jpg").rename(place / "elsewhere.jpg")
+    index(place, "--remove", "a/02.jpg", "--kind", "ivf")
+    assert calls[-1][3].tolist() == list(range(5, 500, 5))
 
 
 def test_folders_may_have_names_of_any_kind(place):
@@ -252,7 +222,6 @@ def test_wrong_input_ends_in_one_line(place, capsys):
     write_files(photos, {"bad.jpg": b"broken"})
     assert "1 files cannot be used" in line_of(capsys, *target, "--update", "--strict")
     assert "bad.jpg" in left_out(place)
-    assert "no image is left" in line_of(capsys, *target, "--remove", "a/", "b/")
 
 
 HOLD = "import fcntl, sys; f = open(sys.argv[1], 'w'); fcntl.lockf(f, fcntl.LOCK_EX); print(1, flush=True); input()"
@@ -266,15 +235,6 @@ def test_it_is_one_process_at_a_time(place, capsys):
         other.stdout.readline()
         assert "another process" in line_of(capsys, "-o", place / "index", "--update")
         other.stdin.write("\n")
-
-
-def test_another_transform_is_refused(place, monkeypatch):
-    index(place)
-    write_files(place / "photos", {"new.jpg": b"new"})
-    with fakes():
-        monkeypatch.setattr("search.making.photo_transform", lambda: "other")
-        with pytest.raises(InputError, match="another version"):
-            indexing.main(["-o", str(place / "index"), "--update"])
 
 
 def test_photos_that_go_away_end_it_and_what_is_committed_stays(place, monkeypatch):

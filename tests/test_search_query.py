@@ -73,7 +73,7 @@ def test_a_table_for_each_image(asked, photos, index):
         assert first.splitlines()[2].split()[3] == "plain/03.jpg"
         assert second.splitlines()[2].split()[3] == r"odd/\udcff<b>\x1b[31m.jpg"
     assert "\x1b" not in output
-    hits = searcher.of_id(searcher.store.ids[searcher.store.under("odd")][0], Options(k=4), itself=True)
+    hits = searcher.of_id(searcher.store.ids[searcher.store.under("odd")][0], Options(k=4))
     assert len(hits) == 4
 
 

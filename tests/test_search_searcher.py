@@ -101,7 +101,6 @@ def test_an_image_of_the_index_finds_itself_first(searcher):
         first = searcher.of_pixels(pixels, Options(k=3))[0]
         assert first.id == image
         assert first.cosine > 0.999
-        assert searcher.of_id(image, Options(k=3), itself=True)[0].id == image
 
 
 def test_an_image_by_its_id_is_not_among_those_like_it(searcher):

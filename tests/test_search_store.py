@@ -179,7 +179,7 @@ def test_files_of_others_are_no_matter(copy):
 def test_an_unfinished_index_is_refused(copy):
     info = store.read_info(copy)
     (copy / "index.json").write_bytes(store.rendered(info | {"complete": False}))
-    with pytest.raises(InputError, match="run the same command again"):
+    with pytest.raises(InputError, match="is being indexed, or that was interrupted: then run the same command again"):
         Store.open(copy)
     (copy / "index.json").write_bytes(store.rendered(info | {"format": 2}))
     with pytest.raises(InputError, match="format 2"):

@@ -79,7 +79,7 @@ def build_method(config: Config) -> Method:
         method.load_checkpoint(Path(config.checkpoint))
     method = method.to(config.device)
     if config.compile and backbone.split:
-        backbone.compile_frozen(config.image_size, config.device)
+        backbone.compile_frozen(config.image_size, config.device, (2 * config.batch_size, loaders.TEST_BATCH))
     return method
 
 

@@ -122,7 +122,8 @@ def one_line(error: BaseException) -> str:
 
 
 # PyTorch's words on a GPU, on a CPU, and when the shared memory of its workers is full
-OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "bus error", "Bus error", "killed by signal: Killed")
+OUT_OF_MEMORY = ("out of memory", "ALLOC_FAILED", "ALLOCATION_FAILED", "CUBLAS_STATUS_NOT_INITIALIZED",
+                 "can't allocate memory", "bus error", "Bus error", "killed by signal: Killed")  # fmt: skip
 
 
 @contextmanager

@@ -110,7 +110,8 @@ class PretendedGPU(TorchDispatchMode):
     """While it is entered there is a GPU.
 
     `waits`: where the host would wait for it, (file, function, why) -> how often; `unordered`: where it would add in no
-    particular order; `kernels`: (operation, dtype) -> how often; `free`: bytes of its memory that are free.
+    particular order; `kernels`: (operation, dtype) -> how often; `sent`: bytes from the
+    host; `free`: bytes of its memory that are free.
     """
 
     active: "PretendedGPU | None" = None
@@ -123,6 +124,7 @@ class PretendedGPU(TorchDispatchMode):
 
     def forget(self) -> None:
         self.waits, self.unordered, self.kernels = Counter(), Counter(), Counter()
+        self.sent = 0
 
     # ------------------------------------------------------------ notes
 
@@ -148,6 +150,7 @@ class PretendedGPU(TorchDispatchMode):
         return out
 
     def from_host(self, x: Tensor, non_blocking: bool) -> None:
+        self.sent += x.nbytes
         if not non_blocking:
             self.wait("blocking copy to the GPU")
         elif x.nbytes > SMALL and not self.is_pinned(x):

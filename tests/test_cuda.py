@@ -17,7 +17,7 @@ import main
 import retrieval
 import ties
 import transforms
-from distributed import use_device
+from distributed import processor_name, use_device
 from experiments import flags, sweep
 from retrieval import Measure
 
@@ -48,12 +48,13 @@ def case(*flags: str, marks: tuple = ()):
 def _one_thread():
     if MISSING:
         pytest.skip(f"this PyTorch has no {', '.join(MISSING)}")
-    threads = torch.get_num_threads()
+    threads, tf32 = torch.get_num_threads(), torch.backends.cudnn.allow_tf32
     torch.set_num_threads(1)
     forget_constants()
     yield
     forget_constants()
     torch.set_num_threads(threads)
+    torch.backends.cudnn.allow_tf32 = tf32
 
 
 def forget_constants():
@@ -152,8 +153,62 @@ def test_colours_come_first_on_images_of_32_pixels(gpu, monkeypatch):
     assert gpu.waits == {READ: 2}
 
 
+@pytest.mark.parametrize("free", [2**33, 0])
+@pytest.mark.parametrize("augmentation", ["MeCoQ", "SPQ"])
+def test_small_images_are_sent_once_if_they_fit(gpu, monkeypatch, free, augmentation):
+    """And no seed is drawn for each of them."""
+    gpu.free = free
+    change_images(monkeypatch, "Digits", enlarged)
+    _, loader = training_of(*CONVNET, "--augmentation", augmentation, *MECOQ)
+    list(loader)
+    gpu.forget()
+    with mock.patch.object(loaders, "sample_seed", wraps=loaders.sample_seed) as seeds:
+        list(loader)
+    assert not gpu.waits
+    assert (gpu.sent < 40 * 32 * 32 * 3) == (free > 0)
+    assert seeds.call_count <= 2 + len(loader)
+
+
 def enlarged(images):
     return loaders.Images(images.pixels.repeat(4, axis=1).repeat(4, axis=2), images.labels)
+
+
+# ---------------------------------------------------------------- what is chosen for a GPU
+
+
+def test_the_release_recipe_looks_for_anomalies_only_if_asked(gpu, tmp_path):
+    flags = [*CONVNET, *RELEASE, *MECOQ, "--epoch_num", "0"]
+    assert configured(*flags, device="cpu").detect_anomaly
+    assert configured(*flags, "--detect_anomaly").detect_anomaly
+    run(tmp_path, "cuda", *flags)
+    log = (tmp_path / "logs" / "run.log").read_text()
+    assert "detect_anomaly=False" in log
+    assert "the recipe itself has detect_anomaly=True" in log
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_float32_means_no_tf32(gpu, monkeypatch, precision):
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", precision == "fp32")
+    assert use_device("cuda:0", precision) == precision
+    assert torch.backends.cudnn.allow_tf32 == (precision == "bf16")
+    assert f"TF32 ({precision == 'bf16'}, False)" in processor_name("cuda:0")
+
+
+def test_the_compiler_warms_up_at_the_sizes_that_come(gpu, tmp_path, monkeypatch):
+    sizes = []
+
+    def compiled(function):
+        def counted(x, *more):
+            sizes.append(len(x))
+            return function(x, *more)
+
+        return counted
+
+    monkeypatch.setattr(torch, "compile", compiled)
+    engine.build_method(configured(*SQUEEZENET, "--compile", *MECOQ))
+    warm = set(sizes)
+    run(tmp_path, "cuda", *SQUEEZENET, "--compile", "--limit", "32", *MECOQ)
+    assert set(sizes) == warm
 
 
 # ---------------------------------------------------------------- views
@@ -308,6 +363,13 @@ def test_features_that_are_kept_are_those_that_are_computed(gpu, tmp_path):
         assert ours.is_cuda
         assert expected.is_cuda
         assert torch.equal(ours.cpu(), expected.cpu())
+    for free, sent in ((2**33, False), (0, True)):
+        gpu.free, kept.kept = free, []
+        list(kept)
+        gpu.forget()
+        list(kept)
+        assert not gpu.waits
+        assert bool(gpu.sent) == sent
 
 
 TESTED = [

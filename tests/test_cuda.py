@@ -1,6 +1,9 @@
 """CUDA's paths on a pretended GPU: right devices, no waiting, and the results of the CPU."""
 
+import itertools
 import json
+import threading
+import time
 from unittest import mock
 
 import numpy as np
@@ -10,10 +13,12 @@ import torchvision
 from helpers import HOSTILE, call, change_images, splits_of
 from pretended_gpu import MISSING, pretended_gpu
 
+import checkpoint
 import config
 import engine
 import loaders
 import main
+import model_file
 import retrieval
 import ties
 import transforms
@@ -171,6 +176,59 @@ def test_small_images_are_sent_once_if_they_fit(gpu, monkeypatch, free, augmenta
 
 def enlarged(images):
     return loaders.Images(images.pixels.repeat(4, axis=1).repeat(4, axis=2), images.labels)
+
+
+# ---------------------------------------------------------------- the best model's file
+
+
+def test_a_model_is_written_as_it_stood_while_it_learns_on(gpu, tmp_path, monkeypatch):
+    method, path, goes_on, done = torch.nn.Linear(3, 3).to("cuda:0"), tmp_path / "model.cpt", threading.Event(), []
+    expected = method.weight.detach().cpu()
+    real = model_file.write_tensors
+
+    def write(*arguments):
+        assert goes_on.wait(60)
+        real(*arguments)
+
+    monkeypatch.setattr(model_file, "write_tensors", write)
+    writer = model_file.BackgroundWriter()
+    writer.save(method, path, lambda: done.append(1))
+    with torch.no_grad():
+        method.weight.add_(1)
+    assert not done
+    goes_on.set()
+    writer.wait()
+    assert done
+    assert torch.equal(torch.load(path, weights_only=True)["weight"], expected)
+
+
+def test_no_state_is_written_before_the_best_model(gpu, tmp_path, monkeypatch):
+    """A run that is killed then would go on without it."""
+    events, real = [], model_file.write_tensors
+
+    def slowly(*arguments):
+        events.append("model")
+        time.sleep(0.2)
+        real(*arguments)
+        events.append("written")
+
+    monkeypatch.setattr(model_file, "write_tensors", slowly)
+    monkeypatch.setattr(checkpoint, "write_tensors", lambda *_: events.append("state"))
+    run(tmp_path, "cuda", *CONVNET, "--save_interval", "1", *MECOQ)
+    assert {"model", "state"} <= set(events)
+    assert all(after == "written" for event, after in itertools.pairwise(events) if event == "model")
+
+
+def test_a_disk_that_fills_while_the_model_is_written_ends_the_run(gpu, tmp_path, monkeypatch, capsys):
+    def fail(_, path):
+        raise OSError(28, "No space left on device", str(path))
+
+    monkeypatch.setattr(model_file, "write_tensors", fail)
+    argv = [*SMALL_RUN, "--output", str(tmp_path), "--notes", "run", "--device", "cuda", *CONVNET, *MECOQ]
+    assert main.main(argv) == 1
+    assert "No space left on device" in (error := capsys.readouterr().err)
+    assert "none was saved yet" in error
+    assert error.count("\n") == 1
 
 
 # ---------------------------------------------------------------- what is chosen for a GPU

@@ -21,7 +21,7 @@ ORDER = [
     {"methods.base"},
     {"methods.mecoq", "methods.spq", "methods.cibhash"},
     {"config"},
-    {"results", "feature_cache", "optimizer"},
+    {"results", "feature_cache", "model_file", "optimizer"},
     {"checkpoint", "evaluation"},
     {"engine"},
     {"search"},

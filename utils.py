@@ -73,11 +73,12 @@ def run_script(script: Callable[[], int | None]) -> int:
         if sys.stdout:
             sys.stdout.flush()
         return code
-    except (InputError, RunError, OSError) as error:  # OSError: a file failed under a sound run
+    except (InputError, RunError, OSError, ModuleNotFoundError) as error:  # OSError: a file failed under a sound run
         if _output_is_closed() and isinstance(error, BrokenPipeError):
             return 128 + signal.SIGPIPE
-        _say(f"error: {one_line(error)}")
-        return 2 if isinstance(error, InputError) else 1
+        missing = isinstance(error, ModuleNotFoundError)
+        _say(f"error: {one_line(error)}{': pip install -r requirements.txt' * missing}")
+        return 2 if missing or isinstance(error, InputError) else 1
     except Stopped as error:
         _say(str(error))
         return 128 + error.number

@@ -169,6 +169,7 @@ class Training:
     check_lock: Callable[[], None] = lambda: None  # raises RunError if the run is no longer this process's
     writer: BackgroundWriter = field(default_factory=BackgroundWriter)  # of the best model
     events: Events | None = None
+    validated: bool = True  # whether MAP picks the checkpoint; else the last epoch's is kept
     epoch: int = 0
     step: int = 0
     sums: dict[str, float] = field(default_factory=dict)
@@ -186,7 +187,9 @@ class Training:
 
     @property
     def best_is_now(self) -> bool:
-        """Whether the model, as it stands, is the best one so far."""
+        """Whether the model, as it stands, is the best one so far, or the last one if that is kept."""
+        if not self.validated:
+            return self.finished and bool(self.history)
         just_validated = self.step == 0 and bool(self.history) and "val_mAP" in self.history[-1]
         return just_validated and self.patience.worse_in_a_row == 0
 

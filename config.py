@@ -17,6 +17,7 @@ from data import DATASETS
 from methods import BACKBONES, METHODS
 from methods.flags import Depends, Flag, at_least, between, not_negative, positive
 from utils import InputError, Parser
+from vectors import resolve_flags
 
 NOTES = re.compile(r"\w[\w.+=-]*")
 RESULTS = ("images", "features", "views", "result")  # what a result depends on, besides the content of weights
@@ -74,6 +75,14 @@ FLAGS: dict[str, tuple[Flag, ...]] = {
              "Flickr25K/mirflickr, NUS-WIDE/Flickr", _path, metavar="DIR"),
         Flag("list_root", "data", "place", "folder of the split lists Flickr25k/*.txt and Nuswide/*.txt", _path,
              metavar="DIR"),
+        Flag("embeddings", None, "weights", "of --dataset Embeddings: a .npy file of vectors [n, D], floats; flags of "
+             "images do not count then", type=str, metavar="X.npy"),
+        Flag("embedding_views", None, "weights", "views of each, floats [n, V, D], from which it learns; without, from "
+             "an embedding's nearest neighbours", type=str, metavar="V.npy"),
+        Flag("embedding_labels", None, "weights", "labels, for the test alone: ints [n], or zeros and ones [n, L]",
+             type=str, metavar="Y.npy"),
+        Flag("images", None, "weights", "folder of the images of --dataset Folder, with all its subfolders", _path,
+             type=str, metavar="DIR"),
         Flag("skip_bad_images", False, "images", "leave out image files that are missing or do not decode, instead of "
              "stopping before the run"),
         Flag("download_cifar10", False, "place", "download CIFAR-10 first if it is not there"),
@@ -85,7 +94,8 @@ FLAGS: dict[str, tuple[Flag, ...]] = {
              choices=("MeCoQ", "SPQ", "SPQ-release")),
         Flag("num_workers", 10, "speed", "processes that prepare images, at most one per core is started",
              not_negative),
-        Flag("limit", None, "images", "use N images per split only, to try things out (default: all)", at_least(1),
+        Flag("limit", None, "images", "use N images per split only, to try things out; N embeddings to train on "
+             "(default: all)", at_least(1),
              type=int, metavar="N"),
     ),
     "backbone": (
@@ -96,6 +106,8 @@ FLAGS: dict[str, tuple[Flag, ...]] = {
         Flag("vgg_model_path", None, "weights", "the same as --weights PATH", type=str, metavar="PATH"),
         Flag("trainable_layer_num", 0, "result", "trained blocks of the backbone, from its end; vgg16: 0, 1 (fc7) or "
              "2 (fc6, fc7); from scratch: always all", not_negative),
+        Flag("normalize_features", False, "result", "centre the frozen backbone's features by their mean over the "
+             "training images and bring all to one length, before anything is learned of them; in neither recipe"),
         Flag("precision", "bf16", "features", "of the frozen part of the backbone; all that is learned is float32",
              choices=("bf16", "fp32")),
     ),
@@ -264,6 +276,7 @@ def resolve(values: Mapping[str, Any]) -> Config:
     Raises InputError on the first flag whose value makes no sense, alone or beside the others.
     """
     values = dict(values)
+    resolve_flags(values, rows(values["method"])["backbone"].default)
     method, backbone = METHODS[values["method"]], BACKBONES[values["backbone"]]
     if values["image_size"] is None:
         values["image_size"] = 224 if backbone.pretrained else 32
@@ -293,8 +306,9 @@ def _resolve_weights(values: dict[str, Any]) -> None:
         raise InputError("--weights: with --test_only they come from --checkpoint")
     if values["weights"] and path and values["weights"] != path:
         raise InputError("--weights and --vgg_model_path name different weights: give one of them")
-    pretrained = BACKBONES[values["backbone"]].pretrained
-    values["weights"] = values["weights"] or values["checkpoint"] or path or ("imagenet" if pretrained else "random")
+    usual = "imagenet" if BACKBONES[values["backbone"]].pretrained else "random"
+    usual = "none" if values["backbone"] == "none" else usual
+    values["weights"] = values["weights"] or values["checkpoint"] or path or usual
 
 
 def _default_notes(values: dict[str, Any]) -> str:
@@ -312,6 +326,8 @@ def check(values: Mapping[str, Any]) -> None:
         fault = flag.fault(values[name]) if name in values else None
         if fault:
             raise InputError(f"--{name} {values[name]}: {fault}")
+    if DATASETS[values["dataset"]].own != (values["images"] is not None):
+        raise InputError("--dataset Folder and --images DIR go together: give both or none")
     name = values["backbone"]
     backbone = BACKBONES[name]
     if values["trainable_layer_num"] > backbone.trainable:
@@ -320,6 +336,8 @@ def check(values: Mapping[str, Any]) -> None:
         )
     if values["image_size"] < backbone.smallest:
         raise InputError(f"--image_size {values['image_size']}: {name} needs at least {backbone.smallest}")
+    if values["normalize_features"] and (values["trainable_layer_num"] or not backbone.pretrained):
+        raise InputError("--normalize_features: the mean of features that learn does not stay: freeze the --backbone")
     if values["views"] == "pil" and values["augmentation"] != "MeCoQ":
         raise InputError(f"--views pil: --augmentation {values['augmentation']} is made in batches only")
     if values["weights"] == "imagenet" and not backbone.pretrained:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
+from photos import list_photos, shown_name
 from readers import (
     ImageFiles,
     Images,
@@ -18,17 +19,19 @@ from readers import (
     read_nuswide,
 )
 from utils import LOG, InputError, worker_count
+from vectors import EmbeddingFiles, Vectors, read_embeddings
 
 NOT_COMPARABLE = "Results are not comparable with published ones."
 NAMED = 20  # bad images in a warning
+FEWEST_PHOTOS = 10
 NUSWIDE_SIZES = (2100, 193734)  # queries, and all others
 CIFAR10_CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 
 
 @dataclass(frozen=True)
 class Source:
-    """What to load: `data_root` holds the images, `list_root` the split lists. `download`: fetch
-    CIFAR-10 if it is not there."""
+    """What to load: `data_root` holds the images, `list_root` the split lists. `download`: fetch CIFAR-10 if it is not
+    there. `photos`: the folder of a user's own images; `embeddings`: the files of a user's own embeddings."""
 
     dataset: str
     protocol: str
@@ -36,6 +39,8 @@ class Source:
     data_root: Path
     list_root: Path
     download: bool = False
+    photos: Path | None = None
+    embeddings: EmbeddingFiles | None = None
 
 
 @dataclass(frozen=True)
@@ -43,15 +48,23 @@ class Splits:
     """What a protocol makes of a data set. `mirrored`: whether the views may flip, as the data set's row says (a
     flipped digit is not the same thing). `canonical`: False if files are not the published ones. `validation`: the
     queries that pick the checkpoint; None: the test's own, so that its MAP is optimistic. `labelled`: False if the
-    labels are zeros that say nothing, so that there is no MAP."""
+    labels are zeros that say nothing, so that there is no MAP. `keeps_last`: whether labels are of the test alone, and
+    the last epoch's model is kept. `classes`: names of the labels, if the images themselves tell them."""
 
-    train: Images | ImageFiles
-    query: Images | ImageFiles
-    database: Images | ImageFiles
+    train: Images | ImageFiles | Vectors
+    query: Images | ImageFiles | Vectors
+    database: Images | ImageFiles | Vectors
     mirrored: bool = True
     canonical: bool = True
     validation: Images | ImageFiles | None = None
     labelled: bool = True
+    keeps_last: bool = False
+    classes: tuple[str, ...] = ()
+
+    @property
+    def validated(self) -> bool:
+        """Whether MAP picks the checkpoint."""
+        return self.labelled and not self.keeps_last
 
     @property
     def all(self) -> dict[str, Images | ImageFiles]:
@@ -74,7 +87,9 @@ class Dataset:
     """A row of `DATASETS`: what the program needs to be told about a data set.
 
     `classes`: names of the labels, if they do not stand in `concepts.txt` beside the lists. `mirrored`: see `Splits`.
-    `protocols`: whether there are several. `lists`: folder of the split lists below `list_root`.
+    `protocols`: whether there are several. `lists`: folder of the split lists below `list_root`. `own`: whether they
+    are a user's own images, of which those that cannot be used are left out. `vectors`: whether it has embeddings
+    instead of images, all of which have a code even if --limit leaves few to train on.
     """
 
     load: Callable[[Source], Splits]
@@ -83,6 +98,8 @@ class Dataset:
     mirrored: bool = True
     protocols: bool = False
     lists: str = ""
+    own: bool = False
+    vectors: bool = False
 
 
 # ---------------------------------------------------------------- protocols
@@ -221,6 +238,54 @@ def load_nuswide(source: Source) -> Splits:
     return replace(splits, canonical=canonical)
 
 
+def folder_indices(n: int, seed: int) -> dict[str, np.ndarray]:
+    """The splits of a user's n images or embeddings: a tenth, at most 1,000, are queries; the others train and are the
+    database."""
+    order = np.random.RandomState(seed).permutation(n)
+    queries = np.sort(order[: min(n // 10, 1000)])
+    rest = np.setdiff1d(np.arange(n), queries)
+    return {"query": queries, "train": rest, "database": rest}
+
+
+def subfolder_labels(names: list[str]) -> tuple[np.ndarray, tuple[str, ...]]:
+    """Class ids `[n]` of images, and the classes' names: the first folder of each name, if each has one and there are
+    at least two; else zeros and none."""
+    folders = [name.partition("/")[0] if "/" in name else "" for name in names]
+    classes, labels = np.unique(folders, return_inverse=True)
+    if "" in folders or len(classes) < 2:
+        return np.zeros(len(names), np.int64), ()
+    return labels.astype(np.int64), tuple(classes.tolist())
+
+
+def load_folder(source: Source) -> Splits:
+    """The images below `source.photos`; a subfolder per class, if there are such, labels them for the test.
+
+    Raises InputError if the folder cannot be listed or has too few images.
+    """
+    names = list_photos(source.photos)
+    if len(names) < FEWEST_PHOTOS:
+        raise InputError(
+            f"--images {source.photos}: {len(names)} images are there, at least {FEWEST_PHOTOS} are needed"
+        )
+    labels, classes = subfolder_labels(names)
+    if classes:
+        LOG.info("MAP by subfolder (%d of them): it means something only if they are classes", len(classes))
+    else:
+        LOG.info("no labels: there is no subfolder per class, hence no MAP")
+    images = ImageFiles(source.photos, np.array(names), labels, upright=True)
+    parts = {name: images.subset(part) for name, part in folder_indices(len(images), source.seed).items()}
+    return Splits(**parts, labelled=bool(classes), keeps_last=True, classes=tuple(map(shown_name, classes)))
+
+
+def load_embeddings(source: Source) -> Splits:
+    """A user's own embeddings. Raises InputError if no file is named, or one is missing or wrong."""
+    if source.embeddings is None:
+        raise InputError("--dataset Embeddings: name them, with --embeddings X.npy")
+    items = read_embeddings(source.embeddings)
+    parts = {name: items.subset(part) for name, part in folder_indices(len(items), source.seed).items()}
+    return Splits(**parts, labelled=source.embeddings.labels is not None, keeps_last=True)
+
+
 DATASETS = {
     "CIFAR10": Dataset(load_cifar10, "60,000 images of 10 classes", classes=CIFAR10_CLASSES, protocols=True),
     "Flickr25K": Dataset(load_flickr25k, "25,000 photos with 24 labels", lists="Flickr25k"),
@@ -228,6 +293,8 @@ DATASETS = {
     "Digits": Dataset(
         load_digits, "1,797 handwritten digits, nothing to download", classes=tuple("0123456789"), mirrored=False
     ),
+    "Folder": Dataset(load_folder, "your own images, those of --images", own=True),
+    "Embeddings": Dataset(load_embeddings, "vectors of yours, see --embeddings", vectors=True),
 }
 
 
@@ -247,17 +314,20 @@ def class_names(dataset: str, list_root: Path) -> tuple[str, ...]:
 def load_splits(
     source: Source, limit: int | None = None, skip_bad_images: bool = False, num_workers: int = 0
 ) -> Splits:
-    """The splits of a data set; with `limit`, that many images of each, evenly spaced so that all classes stay.
+    """The splits of a data set; with `limit`, that many images of each (of embeddings: to train on), evenly spaced so
+    that all classes stay.
 
-    Image files are checked before anyone waits for a run: with `skip_bad_images` those that are missing or do not
-    decode are left out. Raises InputError if the data is missing or damaged.
+    Image files are checked before anyone waits for a run: with `skip_bad_images`, and always if they are a user's own,
+    those that are missing or do not decode are left out. Raises InputError if the data is missing or damaged.
     """
     row = DATASETS[source.dataset]
     splits = replace(row.load(source), mirrored=row.mirrored)
-    if limit is not None:
+    if limit is not None and row.vectors:
+        splits = replace(splits, train=_spread(splits.train, limit))
+    elif limit is not None:
         LOG.warning("WARNING: --limit %d: only %d images a split are used. The MAP means nothing.", limit, limit)
         splits = splits.each(lambda images: _spread(images, limit))
-    splits = _only_sound(splits, skip_bad_images, num_workers)
+    splits = _only_sound(splits, row.own, skip_bad_images, num_workers)
     for name, images in splits.all.items():
         if not len(images):
             raise InputError(f"--dataset {source.dataset}: there are too few images, none is left for the {name} split")
@@ -285,19 +355,20 @@ def check_images(splits: Splits, num_workers: int) -> tuple[int, dict[str, str]]
     return len(images), images.faults(worker_count(num_workers))
 
 
-def _only_sound(splits: Splits, skip_bad_images: bool, num_workers: int) -> Splits:
-    """The splits without the images that are missing or do not decode. Raises InputError if there are any and none may
-    be skipped."""
+def _only_sound(splits: Splits, own: bool, skip_bad_images: bool, num_workers: int) -> Splits:
+    """The splits without the images that are missing or do not decode. Raises InputError if there are any, none may be
+    skipped, and they are not a user's own."""
     n, bad = check_images(splits, num_workers)
     if not bad:
         return splits
-    named = [f"{splits.database.root / name} {fault}" for name, fault in list(bad.items())[:NAMED]]
-    if not skip_bad_images:
+    named = [shown_name(f"{splits.database.root / name} {fault}") for name, fault in list(bad.items())[:NAMED]]
+    if not skip_bad_images and not own:
         raise InputError(
             f"{len(bad)} of {n} images cannot be used, {named[0]}{' for one' if len(bad) > 1 else ''}: "
             "fetch them again, or leave them out with --skip_bad_images (scripts/check_data.py lists them)"
         )
-    more = f" and {len(bad) - NAMED} more (scripts/check_data.py lists them)" if len(bad) > NAMED else ""
-    LOG.warning("WARNING: %d of %d images are left out: %s%s. %s", len(bad), n, "; ".join(named), more, NOT_COMPARABLE)
+    more = f" and {len(bad) - NAMED} more{'' if own else ' (scripts/check_data.py lists them)'}" * (len(bad) > NAMED)
+    remark = "" if own else f" {NOT_COMPARABLE}"
+    LOG.warning("WARNING: %d of %d images are left out: %s%s.%s", len(bad), n, "; ".join(named), more, remark)
     kept = splits.each(lambda images: images.subset(np.flatnonzero(~np.isin(images.names, list(bad)))))
-    return replace(kept, canonical=False)
+    return replace(kept, canonical=own)

@@ -1,6 +1,7 @@
-"""One image file: what is wrong with it, and its pixels, by OpenCV or by Pillow."""
+"""One image file: what is wrong with it, and its pixels, by OpenCV or by Pillow; as it is stored, or upright."""
 
 import io
+import re
 import stat
 import warnings
 from collections.abc import Iterator
@@ -11,7 +12,7 @@ from types import ModuleType
 from typing import IO
 
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageFile, UnidentifiedImageError, features
 
 from utils import one_line
 
@@ -39,9 +40,14 @@ class EncodedImage:
 
     def __init__(self, content: bytes) -> None:
         file = io.BytesIO(content)
-        self.content, self.header = content, Image.open(file)
+        self.content, self.header = content, self.opened(file)
         self.scan = file.tell()  # Pillow reads a JPEG up to here
-        self.size = self.header.size
+        self.size = self.stored = self.header.size
+
+    @staticmethod
+    def opened(file: IO[bytes]) -> ImageFile.ImageFile:
+        """The image, its header read."""
+        return Image.open(file)
 
     def decoded(self, least: tuple[int, int] | None = None) -> np.ndarray:
         """Pixels `[h, w, 3]` uint8. A JPEG comes at 1, 1/2, 1/4 or 1/8 of its size, the smallest at which width and
@@ -50,12 +56,8 @@ class EncodedImage:
         Whole files with three channels are decoded by OpenCV, all others by Pillow: the same library decodes JPEG in
         both, to the same bytes, but OpenCV is faster and takes damaged files without a word. Pillow raises.
         """
-        scale = self.scale(least) if least else 1
-        if self.header.format == "JPEG" and self.header.mode == "RGB" and self._whole():
-            pixels = _decoded_by_opencv(self.content, scale)
-            if pixels is not None and pixels.shape == (-(-self.size[1] // scale), -(-self.size[0] // scale), 3):
-                return pixels
-        return np.array(self.by_pillow(least))
+        pixels = self._by_opencv(self.scale(least) if least else 1)
+        return np.array(self.by_pillow(least)) if pixels is None else pixels
 
     def by_pillow(self, least: tuple[int, int] | None = None) -> Image.Image:
         """The same as a picture, of any kind of image, by Pillow alone. Raises nearly anything if it is damaged."""
@@ -68,8 +70,16 @@ class EncodedImage:
 
     def scale(self, least: tuple[int, int]) -> int:
         """The reduction that Pillow's draft mode picks: 1, 2, 4 or 8."""
-        whole = min(self.size[0] // least[0], self.size[1] // least[1])
+        whole = min(self.stored[0] // least[0], self.stored[1] // least[1])
         return next((scale for scale in (8, 4, 2) if whole >= scale), 1)
+
+    def _by_opencv(self, scale: int) -> np.ndarray | None:
+        """The pixels of a JPEG that is sound, as they are stored; None if Pillow is to decode the image."""
+        if self.header.format != "JPEG" or self.header.mode != "RGB" or not self._whole():
+            return None
+        pixels = _decoded_by_opencv(self.content, scale)
+        whole = pixels is not None and pixels.shape == (-(-self.stored[1] // scale), -(-self.stored[0] // scale), 3)
+        return pixels if whole else None
 
     def _whole(self) -> bool:
         """Whether the content ends as a JPEG does and has no marker inside its scans that does not belong there."""
@@ -122,4 +132,183 @@ def image_fault(path: Path) -> str:
     except Exception as error:  # a damaged image can raise nearly anything
         reason = one_line(error).replace(str(path), "it")
         return f"does not decode ({reason})"
+    return ""
+
+
+# ---------------------------------------------------------------- a user's own images, upright
+
+
+MOST_PIXELS = 2**27  # 134 million: larger images are refused before anything of them is decoded
+FORMATS = ("JPEG", "MPO", "PNG", "WEBP", "AVIF", "HEIF", "GIF", "TIFF", "BMP")  # Pillow's names
+ORIENTATION = 0x0112  # EXIF's and TIFF's tag
+WIDTH, HEIGHT = 256, 257  # TIFF's tags: of the image as it is stored
+HEIC_BRANDS = frozenset((b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1"))
+AVIF_BRANDS = frozenset((b"avif", b"avis"))
+HEIF_BRANDS = HEIC_BRANDS | AVIF_BRANDS
+
+
+class UnusableImageError(ValueError):
+    """An image that cannot be used; its message is the reason."""
+
+
+class UprightImage(EncodedImage):
+    """An image as a viewer shows it: of one of `FORMATS`, its first frame, turned as EXIF says, in RGB.
+
+    `size` (width, height) is that of the upright image; no pixel is decoded for it. Values of 16 bits and of floats are
+    scaled to bytes, transparency is laid over white, colour profiles are not applied.
+
+    Raises UnusableImageError if the image is too large, or of a format that cannot be read here; nearly anything,
+    here or when it is decoded, if the content is damaged. `reason_of` says it in a line.
+    """
+
+    def __init__(self, content: bytes) -> None:
+        with quietly():
+            super().__init__(content)
+            self.orientation = self._orientation()
+            if self.header.format == "TIFF":  # Pillow may have turned its size already, depending on the version
+                self.size = tuple(int(self.header.tag_v2[tag]) for tag in (WIDTH, HEIGHT))
+        if self.orientation >= 5:  # stored lying on its side
+            self.size = self.size[::-1]
+        if self.size[0] * self.size[1] > MOST_PIXELS:
+            raise UnusableImageError(f"has {self.size[0]} x {self.size[1]} pixels, more than {MOST_PIXELS}")
+
+    @staticmethod
+    def opened(file: io.BytesIO) -> ImageFile.ImageFile:
+        beginning = file.getvalue()[:256]
+        if not beginning:
+            raise UnusableImageError("is empty")
+        return Image.open(file, formats=readable_formats(beginning))
+
+    def decoded(self, least: tuple[int, int] | None = None) -> np.ndarray:
+        """Pixels `[h, w, 3]` uint8, upright; see `EncodedImage.decoded`."""
+        stored = least[::-1] if least and self.orientation >= 5 else least
+        pixels = self._by_opencv(self.scale(stored) if stored else 1)
+        return np.array(self.by_pillow(least)) if pixels is None else turned(pixels, self.orientation)
+
+    def by_pillow(self, least: tuple[int, int] | None = None) -> Image.Image:
+        """The same as a picture, by Pillow alone."""
+        with quietly():
+            if least:
+                self.header.draft("RGB", least[::-1] if self.orientation >= 5 else least)
+            self.header.load()
+            picture = as_rgb(self.header)
+            orientation = self._orientation()  # none is left where Pillow turned the image itself
+        return picture if orientation == 1 else Image.fromarray(turned(np.asarray(picture), orientation))
+
+    def _orientation(self) -> int:
+        """EXIF's number, 1 to 8; 1 if there is none or it cannot be read."""
+        try:
+            exif = Image.Image.getexif(self.header)  # PNG's own decodes the image first
+            late = self.content.rfind(b"eXIf") if self.header.format == "PNG" and not exif else -1
+            if late >= 0:  # behind the pixels
+                exif.load(self.content[late + 4 :])
+            found = exif.get(ORIENTATION, 1)
+        except Exception:  # a damaged block can raise nearly anything, and is no reason to lose the image
+            return 1
+        return found if isinstance(found, int) and 1 <= found <= 8 else 1
+
+
+def readable_formats(beginning: bytes) -> list[str]:
+    """Those of `FORMATS` that Pillow can read here. Raises UnusableImageError if the file, which begins so, needs
+    another version or package."""
+    brands = brands_of(beginning)
+    if brands & AVIF_BRANDS:
+        if not features.check("avif"):
+            raise UnusableImageError("AVIF needs Pillow >= 11.3: pip install -U pillow")
+    elif brands & HEIC_BRANDS and not _heic_registered():
+        raise UnusableImageError("HEIC needs pillow-heif: pip install -r requirements-extra.txt")
+    Image.init()
+    return [name for name in FORMATS if name in Image.OPEN]
+
+
+def brands_of(beginning: bytes) -> set[bytes]:
+    """What a HEIC or AVIF file says it is, four letters each; empty for others."""
+    length = min(int.from_bytes(beginning[:4], "big"), len(beginning))
+    box = beginning[8:length] if beginning[4:8] == b"ftyp" else b""
+    return {box[start : start + 4] for start in range(0, len(box), 4)}
+
+
+@cache
+def _heic_registered() -> bool:
+    """Whether Pillow can read HEIC from now on."""
+    try:
+        from pillow_heif import register_heif_opener
+    except ImportError:
+        return False
+    register_heif_opener()
+    return True
+
+
+def turned(pixels: np.ndarray, orientation: int) -> np.ndarray:
+    """Pixels `[h, w, 3]` as they are stored -> upright, by EXIF's number."""
+    if orientation >= 5:
+        pixels = pixels.swapaxes(0, 1)
+    if orientation in (3, 4, 7, 8):
+        pixels = pixels[::-1]
+    if orientation in (2, 3, 6, 7):
+        pixels = pixels[:, ::-1]
+    return np.ascontiguousarray(pixels)
+
+
+def as_rgb(image: Image.Image) -> Image.Image:
+    """A picture of any mode in RGB: what is transparent lies over white, levels that are no bytes are scaled."""
+    if image.mode == "F" or image.mode.startswith("I"):
+        image = Image.fromarray(as_bytes(np.asarray(image)))
+    if {"A", "a"} & {*image.getbands()} or "transparency" in image.info:
+        image = image.convert("RGBA")
+        white = Image.new("RGB", image.size, "white")
+        white.paste(image, mask=image.getchannel("A"))
+        return white
+    return image.convert("RGB")
+
+
+def as_bytes(levels: np.ndarray) -> np.ndarray:
+    """Grey levels `[h, w]` as uint8: integers of 16 bits by their upper half; floats in [0, 1] or [0, 255] by these
+    ranges; all others stretched from the least to the greatest."""
+    whole = levels.dtype.kind in "iu"
+    values = np.nan_to_num(levels.astype(np.float64), nan=0.0, posinf=0.0, neginf=0.0)
+    low, high = values.min(), values.max()
+    top = next((top for top in ((65535,) if whole else (1, 255, 65535)) if low >= 0 and high <= top), None)
+    if top == 65535:
+        return (values // 256).astype(np.uint8)
+    low, top = (low, high - low) if top is None else (0, top)
+    return np.rint((values - low) * (255 / top)).astype(np.uint8)
+
+
+@contextmanager
+def quietly() -> Iterator[None]:
+    """Without Pillow's warnings about large images and odd metadata: what it can read is used."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
+
+
+def reason_of(error: BaseException) -> str:
+    """One line, the same on every machine, on why a file could not be read or decoded."""
+    if isinstance(error, UnusableImageError | NotRegularFileError):
+        return str(error)
+    if isinstance(error, FileNotFoundError):
+        return "is missing"
+    if isinstance(error, PermissionError):
+        return "must not be read"
+    if isinstance(error, UnidentifiedImageError):
+        return "is not an image that can be read (JPEG, PNG, WebP, AVIF, HEIC, GIF, TIFF, BMP)"
+    if isinstance(error, Image.DecompressionBombError):
+        return f"has more than {MOST_PIXELS} pixels"
+    if isinstance(error, MemoryError):
+        return "needs more memory than there is"
+    if isinstance(error, OSError) and error.strerror:
+        return f"cannot be read ({error.strerror})"
+    reason = re.sub(r"<[^<>]* object at 0x[0-9a-f]+>", "it", one_line(error))
+    return f"does not decode ({reason.encode('ascii', 'backslashreplace').decode()[:160]})"
+
+
+def photo_fault(path: Path) -> str:
+    """What is wrong with one of a user's own images; empty if it decodes."""
+    try:
+        with open_regular(path) as file:
+            content = file.read()
+        UprightImage(content).decoded(least=(1, 1))  # JPEG at an eighth of its size
+    except Exception as error:  # a damaged image can raise nearly anything
+        return reason_of(error)
     return ""

@@ -45,8 +45,10 @@ def use_device(device: str, precision: str) -> str:
 
 
 def sent(tensor: Tensor, device: str) -> Tensor:
-    """A tensor of the host on a device; to a GPU it goes from pinned memory, without the host waiting."""
-    return tensor if device == "cpu" else tensor.pin_memory().to(device, non_blocking=True)
+    """A tensor on a device; from the host to a GPU it goes from pinned memory, without the host waiting."""
+    if device == "cpu" or tensor.is_cuda:
+        return tensor
+    return tensor.pin_memory().to(device, non_blocking=True)
 
 
 def fits(size: int, device: str) -> bool:

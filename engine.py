@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -19,7 +20,7 @@ from distributed import device_name
 from feature_cache import Computed, Features, test_features
 from loaders import Preprocessing, TwoViews, ViewOptions
 from methods import BACKBONES, METHODS
-from methods.backbones import Backbone, build_backbone, read_state_dict
+from methods.backbones import Backbone, PassThrough, build_backbone, read_state_dict
 from methods.base import Method
 from model_file import save_model
 from optimizer import build_optimizer, build_scheduler
@@ -46,6 +47,7 @@ from utils import (
     sha256,
     write_json,
 )
+from vectors import EmbeddingFiles, Vectors, dimensions
 
 # ---------------------------------------------------------------- what a configuration describes
 
@@ -62,7 +64,9 @@ def build(config: Config) -> tuple[Splits, Method]:
 def build_splits(config: Config) -> Splits:
     """The images of a run. Raises InputError if they are not there or not sound."""
     roots = Path(config.data_root), Path(config.list_root)
-    source = data.Source(config.dataset, config.protocol, config.seed, *roots, config.download_cifar10)
+    what = config.dataset, config.protocol, config.seed
+    photos = None if config.images is None else Path(config.images)
+    source = data.Source(*what, *roots, config.download_cifar10, photos, embedding_files(config))
     splits = data.load_splits(source, config.limit, config.skip_bad_images, config.num_workers)
     sizes = len(splits.train), len(splits.query), len(splits.database)
     LOG.info("%d training images, %d queries, %d in the database", *sizes)
@@ -71,11 +75,22 @@ def build_splits(config: Config) -> Splits:
     return splits
 
 
+def embedding_files(config: Config) -> EmbeddingFiles | None:
+    """The files of embeddings that the flags name."""
+    paths = [config.embeddings, config.embedding_views, config.embedding_labels]
+    return EmbeddingFiles(*(path and Path(path) for path in paths)) if config.embeddings else None
+
+
 def build_method(config: Config) -> Method:
     """The method that the flags describe, on its device; with `--test_only` it is the checkpoint's."""
     weights = "random" if config.test_only else config.weights
-    backbone = build_backbone(config.backbone, weights, config.trainable_layer_num, config.precision == "bf16")
+    if config.embeddings:
+        backbone = PassThrough(dimensions(Path(config.embeddings)))
+    else:
+        backbone = build_backbone(config.backbone, weights, config.trainable_layer_num, config.precision == "bf16")
     method = load_object(METHODS[config.method].build)(backbone, config)
+    if config.normalize_features:
+        method.normalize_features()
     if config.test_only:
         method.load_checkpoint(Path(config.checkpoint))
     method = method.to(config.device)
@@ -175,12 +190,12 @@ def backward(total: Tensor) -> None:
         raise
 
 
-def train(training: Training, loader: TwoViews, validate: Callable[[], float], model_path: Path) -> None:
+def train(training: Training, loader: TwoViews, validate: Callable[[], float] | None, model_path: Path) -> None:
     """Train with early stopping, from where `training` stands; the best model by validation MAP is left in
     `model_path`, the state after each epoch in `last.cpt`.
 
     Args:
-        validate: gives the MAP that picks the checkpoint, of the method as it stands.
+        validate: gives the MAP that picks the checkpoint, of the method as it stands; None: the last epoch's is kept.
 
     Raises RunError on a non-finite loss, naming epoch, step and the last good checkpoint, and Stopped on a signal.
     """
@@ -213,12 +228,12 @@ def save_best(training: Training, path: Path) -> None:
         training.writer.save(training.method, path, written)
 
 
-def end_epoch(training: Training, means: dict[str, float], validate: Callable[[], float]) -> None:
+def end_epoch(training: Training, means: dict[str, float], validate: Callable[[], float] | None) -> None:
     """Validate, if it is time to, and step on to the next epoch; the state is saved if that is cheap."""
     epoch, loop, signals = training.epoch, training.loop, training.signals
     last = epoch + 1 == loop.epochs
     entry = {"epoch": epoch} | means
-    if last or (epoch + 1) % loop.eval_interval == 0:
+    if validate and (last or (epoch + 1) % loop.eval_interval == 0):
         try:
             with training.stopwatch.measure("validate"), signals.deferred(False):
                 entry["val_mAP"] = value = validate()
@@ -267,11 +282,14 @@ def run(config: Config, files: Files, log: Path, state: dict | None = None, sign
     loader = build_loader(config, splits)
     training = start(config, method, loader, files.last, fingerprint(splits, method.backbone))
     training.signals, training.check_lock = signals or training.signals, files.check_lock
+    training.validated = splits.validated
     if state:
         training.restore(state)
         LOG.info("going on in epoch %d, with step %d", training.epoch, training.step)
     with training.stopwatch.measure("features"):
-        features = build_features(config, method.backbone, splits.tested)
+        features = build_features(config, method.backbone, splits.all if config.normalize_features else splits.tested)
+        if config.normalize_features and not state:
+            method.centre_features(features["train"])
     take_place(files, log, state)
     write_json(files.checkpoints / "config.json", recorded(config))
     if not state:
@@ -280,14 +298,29 @@ def run(config: Config, files: Files, log: Path, state: dict | None = None, sign
         files.check_lock()
         save_model(method, files.model)
     measured = evaluation.Measure(config.topK, config.ties)
+    validate = partial(evaluation.validate, method, features, splits, measured) if splits.validated else None
     with nullcontext() if config.disable_writer else Events(files.tensorboard) as training.events:
-        train(training, loader, lambda: evaluation.validate(method, features, splits, measured), files.model)
+        train(training, loader, validate, files.model)
     load_best(training, files.model)
     digest = sha256(files.model)  # before the test: a file may be replaced
     with training.stopwatch.measure("test"):
         metrics, codes = evaluation.test(method, features, splits, measured)
+        told |= unlabelled(config, method, splits, codes)
     told |= training.summary() | {"model_sha256": digest}
+    told |= evaluation.beside(method, features, splits, codes, measured)
     return report(files, splits.database.labels, metrics, codes, measured.ties, told)
+
+
+def unlabelled(config: Config, method: Method, splits: Splits, codes: Tensor) -> dict:
+    """What `metrics.json` says of a model that no MAP has picked: what can be measured without labels; of others
+    nothing."""
+    if splits.validated:
+        return {}
+    views = build_loader(config.replace(drop_last=False), replace(splits, train=splits.query))
+    told = evaluation.unlabelled(method, views, codes)
+    if isinstance(splits.query, Vectors) and splits.query.views is None:
+        told["views_found"] = None  # pairs of neighbours are no views
+    return {"unlabelled": told}
 
 
 def load_best(training: Training, path: Path) -> None:
@@ -320,7 +353,9 @@ def run_test(config: Config, files: Files, log: Path) -> dict:
     digest, measured = sha256(checkpoint), evaluation.Measure(config.topK, config.ties)
     with stopwatch.measure("test"):
         metrics, codes = evaluation.test(method, features, splits, measured, codes)
+        told |= unlabelled(config, method, splits, codes)
     told |= {"epochs_run": 0, "best_epoch": None, "history": [], "seconds": stopwatch.seconds, "model_sha256": digest}
+    told |= evaluation.beside(method, features, splits, codes, measured)
     return report(files, splits.database.labels, metrics, codes, measured.ties, told)
 
 

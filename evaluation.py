@@ -1,5 +1,7 @@
 """Encoding with a method, validation and test."""
 
+import importlib.util
+import math
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
@@ -11,12 +13,18 @@ from torch import Tensor
 import retrieval
 from data import Splits
 from feature_cache import Computed, Features
-from loaders import Preprocessing
+from loaders import Preprocessing, TwoViews
 from methods.base import Method
+from methods.mecoq import used_codewords
 from readers import ImageFiles, Images
 from results import read_codes
 from retrieval import Measure, Metrics
 from utils import LOG, InputError, NonFiniteError, progress_bar
+from vectors import Vectors
+
+COMPARED = 100_000  # embeddings of the database, at most, on which other quantizers are tried
+
+RANKED_AT_ONCE = 128  # queries
 
 
 @torch.inference_mode()
@@ -75,17 +83,53 @@ def validate(method: Method, features: dict[str, Features], splits: Splits, meas
 
 def test(
     method: Method, features: dict[str, Features], splits: Splits, measured: Measure, codes: Tensor | None = None
-) -> tuple[Metrics, Tensor]:
+) -> tuple[Metrics | None, Tensor]:
     """Encode queries and database (or take `codes` for it), rank, measure. Returns the metrics, with MAP@K by ties, and
-    the database's codes `[n, M]`."""
+    the database's codes `[n, M]`; without labels there are no metrics."""
     if codes is None:
         codes = encode_database(method, features["database"])
+    if not splits.labelled:
+        return None, codes
     queries = encode_queries(method, features["query"])
     metric = partial(retrieval.evaluate, topK=measured.topK)
     return measure(metric, method, queries, codes, [splits.query.labels, splits.database.labels]), codes
 
 
 test.__test__ = False  # not a pytest function
+
+
+@torch.inference_mode()
+def unlabelled(method: Method, views: TwoViews, codes: Tensor) -> dict[str, float | None]:
+    """What can be measured without labels:
+
+    `codewords_used` and `perplexity`: evenness of the use of codewords by the database's codes, shares, see
+    `used_codewords`. `quantization_error`: the method's, of all views; None if it has none. `views_found`: the share of
+    held-back images of which one view, as a query, finds the code of the other view before those of all other images'
+    views; of k codes that score as the right one does, each is the first with probability 1 / k.
+
+    Args:
+        views: two random views of the held-back images, in batches.
+        codes: of the database, `[n, M]`.
+    """
+    method.eval()
+    views.set_epoch(0)
+    z = [method(batch) for batch in progress_bar(views, "encode views")]
+    first, second = (torch.cat(parts) for parts in zip(*(batch.chunk(2) for batch in z), strict=True))
+    error = method.quantization_error(torch.cat([first, second]))
+    queries, others = method.query(first), method.codes(second)
+    found = 0.0
+    for start in range(0, len(queries), RANKED_AT_ONCE):
+        scores = retrieval.aqs_scores(method.tables(queries[start : start + RANKED_AT_ONCE]), others)
+        own = scores.diagonal(start)[:, None]
+        equal = (scores == own).sum(dim=1)
+        found += float(((scores > own).sum(dim=1).eq(0) / equal).sum())
+    used, perplexity = used_codewords(codes.cpu(), method.K)
+    return {
+        "codewords_used": used,
+        "perplexity": perplexity,
+        "quantization_error": None if error is None else float(error),
+        "views_found": found / len(queries),
+    }
 
 
 def saved_codes(path: Path, method: Method, images: Images | ImageFiles, how: Preprocessing) -> Tensor:
@@ -102,3 +146,36 @@ def saved_codes(path: Path, method: Method, images: Images | ImageFiles, how: Pr
         )
     LOG.info("database codes from %s (of %d images encoded anew, %.1f%% agree)", file, len(probe), 100 * agree)
     return torch.from_numpy(codes.astype(np.uint8 if method.K <= 256 else np.int32))
+
+
+@torch.inference_mode()
+def beside(
+    method: Method, features: dict[str, Features], splits: Splits, codes: Tensor, measured: Measure
+) -> dict[str, dict]:
+    """faiss's quantizers of as many bytes beside the codes `[n, M]` of a run on embeddings: logged, and as
+    `metrics.json` has them; empty if the run has images, faiss is not installed, or there is too little to learn from.
+    """
+    if not isinstance(splits.database, Vectors):
+        return {}
+    if importlib.util.find_spec("faiss") is None:
+        LOG.info("beside it: nothing, PQ and OPQ need faiss (pip install -r requirements-extra.txt)")
+        return {}
+    import quantizers
+
+    if len(splits.train) < quantizers.FEWEST_TRAINED:
+        LOG.info("beside it: nothing, PQ and OPQ need %d embeddings to learn from", quantizers.FEWEST_TRAINED)
+        return {}
+    n = len(splits.database)
+    chosen = np.linspace(0, n, min(n, COMPARED), endpoint=False).astype(int)
+    parts = splits.all | {"database": splits.database.subset(chosen)}
+    queries = encode_queries(method, features["query"])
+    ours = quantizers.by_codes(method.tables, queries, codes.to(queries.device)[torch.from_numpy(chosen)])
+    labels = [torch.from_numpy(parts[name].labels) for name in ("query", "database")] if splits.labelled else None
+    bits = 8 * math.ceil(method.M * math.log2(method.K) / 8)
+    rows = quantizers.compare({"this run": ours}, parts, bits, labels, measured)
+    LOG.info("beside it: %d-bit codes of faiss, on %d embeddings of the database", bits, len(chosen))
+    for name, row in rows.items():
+        value = "" if row["map"] is None else f"mAP={row['map']:.6f}, "
+        LOG.info("beside it: %s: %srecall of the nearest embedding @10=%.6f", name, value, row["recall"])
+    LOG.info("beside it: %s", quantizers.advice(rows, "this run"))
+    return {"beside": {"database": len(chosen), "bits": bits, "rows": rows}}

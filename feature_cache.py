@@ -21,6 +21,7 @@ from torch import Tensor
 
 import loaders
 import transforms
+from decoding import opencv
 from distributed import CPU_CHUNK, fits, processor_name, sent
 from loaders import TEST_BATCH, Preprocessing
 from methods.backbones import Backbone
@@ -28,6 +29,20 @@ from readers import ImageFiles, Images
 from utils import LOG, InputError, atomic_write, check_writable, locked, progress_bar, sha256, write_json
 
 FORMAT = 1  # to be raised with every change of what the values are
+
+
+def filled(batch: Tensor, rows: int) -> Tensor:
+    """Images `[B, 3, S, S]`, or vectors `[B, D]`, and the last of them again until they are a multiple of `rows`: how a
+    layer rounds may depend on the size of the batch."""
+    return torch.cat([batch, batch[-1:].expand(-len(batch) % rows, *batch.shape[1:])])
+
+
+def prefix_features(backbone: Backbone, images: Tensor) -> Tensor:
+    """Images `[B, 3, S, S]` -> what leaves the backbone's prefix `[B, ...]`, float16; the images of a backbone without
+    frozen blocks."""
+    most = torch.finfo(torch.float16).max
+    features = backbone.prefix(images)
+    return features.clamp(-most, most).half() if backbone.cut else features
 
 
 class Computed:
@@ -45,11 +60,7 @@ class Computed:
         """The backbone must be in evaluation mode. Raises RunError if an image can no longer be read."""
         rows = CPU_CHUNK if self.preprocessing.device == "cpu" else TEST_BATCH
         for batch in loaders.test_batches(self.images, self.preprocessing):
-            # filled up with its last image: how a layer rounds may depend on the size of the batch
-            fill = batch[-1:].expand(-len(batch) % rows, -1, -1, -1)
-            features = self.backbone.prefix(torch.cat([batch, fill]))[: len(batch)]
-            most = torch.finfo(torch.float16).max
-            yield features.clamp(-most, most).half() if self.backbone.cut else features
+            yield prefix_features(self.backbone, filled(batch, rows))[: len(batch)]
 
 
 class Cached:
@@ -120,7 +131,11 @@ def cache_key(
         images: some of them: what they are like, and their folder.
         names: identities of all of them, sorted, so that a list of images has an order that no split knows of.
     """
-    if images.on_disk:
+    versions = [torch.__version__, torchvision.__version__, PIL.__version__]
+    if images.on_disk and images.upright:
+        transform = f"{transforms.PHOTO_TRANSFORM}" + "; normalised" * preprocessing.normalized
+        versions.append(opencv().__version__)
+    elif images.on_disk:
         transform = repr(transforms.photo_transform(preprocessing.image_size, preprocessing.normalized))
     else:
         transform = f"{images.pixels.shape[1:]} enlarged" + " and normalised" * preprocessing.normalized
@@ -142,7 +157,7 @@ def cache_key(
         "bf16": backbone.bf16,
         "compiled": backbone.compiled is not None,
         "device": processor_name(preprocessing.device),
-        "versions": [torch.__version__, torchvision.__version__, PIL.__version__],
+        "versions": versions,
         "flags": flags,
     }
 

@@ -17,6 +17,7 @@ from data import Splits
 from distributed import by_chunks, fits, sent
 from readers import ImageFiles, Images
 from utils import InputError, leave_signals, sample_seed, worker_count
+from vectors import VectorPairs, Vectors
 
 TEST_BATCH = 128  # images, whatever --batch_size: rounding must not depend on it
 
@@ -201,12 +202,12 @@ class TwoViews:
 
     def __iter__(self) -> Iterator[Tensor]:
         for images, *drawn in self.loader:
-            yield self.augment(images.to(self.device, non_blocking=True), *drawn)
+            yield self.augment(sent(images, self.device), *drawn)
 
 
 def train_loader(splits: Splits, options: ViewOptions, device: str, num_workers: int) -> TwoViews:
-    """Both views of the training images, in batches. Images in memory need no workers if views are batched. Raises
-    InputError if there is no batch."""
+    """Both views of the training images, or pairs of vectors `[2N, D]`, in batches. Images in memory need no workers if
+    views are batched. Raises InputError if there is no batch."""
     images, S, normalized = splits.train, options.image_size, options.normalized
     batches = ShuffledBatches(len(images), options.batch_size, options.seed, options.drop_last)
     if len(batches) == 0:
@@ -214,6 +215,8 @@ def train_loader(splits: Splits, options: ViewOptions, device: str, num_workers:
             f"{len(images)} training images make no whole batch of {options.batch_size}, and smaller ones are left "
             "out: choose a smaller --batch_size, or --no-drop_last"
         )
+    if isinstance(images, Vectors):
+        return TwoViews(VectorPairs(images, batches, device), batches, lambda pair: pair, device)
     if options.augmentation != "MeCoQ":
         return spq_loader(splits, options, batches, device, num_workers)
     if options.kind == "batched" and not images.on_disk:
@@ -251,7 +254,7 @@ def spq_loader(
 class Photos(Dataset):
     """index -> the image as test images are seen, `[3, S, S]` float32."""
 
-    def __init__(self, images: ImageFiles, transform: T.Compose) -> None:
+    def __init__(self, images: ImageFiles, transform: Callable[..., Tensor]) -> None:
         self.images, self.transform = images, transform
 
     def __len__(self) -> int:
@@ -261,15 +264,31 @@ class Photos(Dataset):
         return self.transform(self.images.picture(index))
 
 
-def test_batches(images: Images | ImageFiles, preprocessing: Preprocessing) -> Iterator[Tensor]:
+class UprightPhotos(Photos):
+    """index -> a user's own image, `[3, S, S]` uint8; `transform`: of an `UprightImage`."""
+
+    def __getitem__(self, index: int) -> Tensor:
+        with self.images.opened(index) as image:
+            return self.transform(image)
+
+
+def test_batches(images: Images | ImageFiles | Vectors, preprocessing: Preprocessing) -> Iterator[Tensor]:
     """Test images in their order, in batches `[B, 3, S, S]` of at most `TEST_BATCH`, on the device.
 
-    Those on disk go through `photo_transform` in workers; those in memory are square and resized on the device.
+    Those on disk go through `photo_transform` in workers, a user's own through `photo_pixels`; those in memory are
+    square and resized on the device. Vectors stay as they are, `[B, D]`.
     """
     S, device, normalized = preprocessing.image_size, preprocessing.device, preprocessing.normalized
-    if images.on_disk:
+    options = _loader_options(device, preprocessing.num_workers)
+    if isinstance(images, Vectors):
+        for start in range(0, len(images), TEST_BATCH):
+            yield sent(torch.from_numpy(images.read(slice(start, start + TEST_BATCH))), device)
+    elif images.on_disk and images.upright:
+        photos = UprightPhotos(images, partial(transforms.photo_pixels, image_size=S))
+        for batch in DataLoader(photos, batch_size=TEST_BATCH, **options):
+            yield transforms.from_bytes(batch.to(device, non_blocking=True).float(), normalized)
+    elif images.on_disk:
         photos = Photos(images, transforms.photo_transform(S, normalized))
-        options = _loader_options(device, preprocessing.num_workers)
         for batch in DataLoader(photos, batch_size=TEST_BATCH, **options):
             yield batch.to(device, non_blocking=True)
     else:

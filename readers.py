@@ -4,11 +4,12 @@ import hashlib
 import json
 import pickle
 import re
+import tokenize
 import zipfile
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import IO, ClassVar, Protocol
@@ -16,7 +17,15 @@ from typing import IO, ClassVar, Protocol
 import numpy as np
 from PIL import Image
 
-from decoding import EncodedImage, NotRegularFileError, image_fault, large_images_allowed, open_regular
+from decoding import (
+    EncodedImage,
+    NotRegularFileError,
+    UprightImage,
+    image_fault,
+    large_images_allowed,
+    open_regular,
+    photo_fault,
+)
 from utils import InputError, RunError, atomic_write, check_writable, one_line, progress_bar
 
 FLICKR25K_CONCEPTS, NUSWIDE_CONCEPTS = 24, 21
@@ -73,11 +82,13 @@ class Images:
 
 @dataclass(frozen=True)
 class ImageFiles:
-    """Images on disk: `names` `[n]`, paths below `root`; `labels` `[n, L]` uint8 multi-hot rows."""
+    """Images on disk: `names` `[n]`, paths below `root`; `labels` as those of `Images`. `upright`: whether they are a
+    user's own, decoded as `UprightImage` does; else as they are stored."""
 
     root: Path
     names: np.ndarray
     labels: np.ndarray
+    upright: bool = False
     on_disk: ClassVar[bool] = True
 
     def __len__(self) -> int:
@@ -91,7 +102,7 @@ class ImageFiles:
             with open_regular(path) as file:
                 content = file.read()
             with large_images_allowed():
-                yield EncodedImage(content)
+                yield UprightImage(content) if self.upright else EncodedImage(content)
         except Exception as error:  # a damaged image can raise nearly anything
             raise RunError(f"{path} became unreadable during the run ({one_line(error)})") from error
 
@@ -101,11 +112,11 @@ class ImageFiles:
             return image.by_pillow()
 
     def subset(self, indices: np.ndarray) -> "ImageFiles":
-        return ImageFiles(self.root, self.names[indices], self.labels[indices])
+        return replace(self, names=self.names[indices], labels=self.labels[indices])
 
     def joined(self, other: "ImageFiles") -> "ImageFiles":
-        both = (np.concatenate(pair) for pair in ((self.names, other.names), (self.labels, other.labels)))
-        return ImageFiles(self.root, *both)
+        names, labels = (np.concatenate(pair) for pair in ((self.names, other.names), (self.labels, other.labels)))
+        return replace(self, names=names, labels=labels)
 
     def identities(self) -> np.ndarray:
         """The names of the files, `[n]` str."""
@@ -124,10 +135,11 @@ class ImageFiles:
     def faults(self, workers: int) -> dict[str, str]:
         """Name -> what is wrong with it, for each file that is missing or does not decode. Threads are enough, for
         Pillow releases the interpreter's lock while it decodes."""
+        fault_of = photo_fault if self.upright else image_fault
         blocks = [self.names[start : start + CHECKED_AT_ONCE] for start in range(0, len(self), CHECKED_AT_ONCE)]
 
         def check(block: np.ndarray) -> dict[str, str]:
-            return {str(name): fault for name in block if (fault := image_fault(self.root / name))}
+            return {str(name): fault for name in block if (fault := fault_of(self.root / name))}
 
         bad: dict[str, str] = {}
         bar = progress_bar(None, "check images", total=len(self))
@@ -150,6 +162,20 @@ def _mapping(workers: int) -> Iterator[Callable]:
         yield pool.map
     finally:
         pool.shutdown(cancel_futures=True)
+
+
+# ---------------------------------------------------------------- arrays
+
+
+def read_array(path: Path, mmap_mode: str | None = None, advice: str = "move it away") -> np.ndarray:
+    """The array in a .npy file. Raises InputError if there is none."""
+    try:
+        array = np.load(path, mmap_mode, allow_pickle=False)
+    except (OSError, ValueError, EOFError, MemoryError, SyntaxError, tokenize.TokenError, zipfile.BadZipFile) as error:
+        raise InputError(f"{path} is not a readable .npy file ({one_line(error)[:200]}): {advice}") from error
+    if not isinstance(array, np.ndarray):
+        raise InputError(f"{path} is not a .npy file but an archive of them: {advice}")
+    return array
 
 
 # ---------------------------------------------------------------- CIFAR-10

@@ -9,8 +9,6 @@ import subprocess
 import sys
 import threading
 import time
-import tokenize
-import zipfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -25,6 +23,7 @@ from tensorboard.summary.writer.event_file_writer import EventFileWriter, _Async
 from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 
+from readers import read_array
 from retrieval import Metrics
 from utils import LOG, InputError, atomic_write, one_line, sha256, write_json
 
@@ -100,32 +99,44 @@ class Files:
 # ---------------------------------------------------------------- writing
 
 
-def save_results(metrics: Metrics, db_codes: Tensor, db_labels: np.ndarray, folder: Path) -> None:
-    """`db_codes.npy` (uint8, or uint16 for K > 256), `db_targets.npy` and the two curves, two rows each."""
+def save_results(metrics: Metrics | None, db_codes: Tensor, db_labels: np.ndarray, folder: Path) -> None:
+    """`db_codes.npy` (uint8, or uint16 for K > 256) and, if there are labels, `db_targets.npy` and the two curves, two
+    rows each."""
     codes = db_codes.numpy().astype(np.uint8 if db_codes.dtype == torch.uint8 else np.uint16)
-    for name, array in (("db_codes.npy", codes), ("db_targets.npy", db_labels)):
+    arrays = {"db_codes.npy": codes} | ({"db_targets.npy": db_labels} if metrics else {})
+    for name, array in arrays.items():
         with atomic_write(folder / name) as file:
             np.save(file, array, allow_pickle=False)
-    for name, curve in (("PR_curve.txt", metrics.pr), ("P_at_topK_curve.txt", metrics.p_at_k)):
+    curves = {"PR_curve.txt": metrics.pr, "P_at_topK_curve.txt": metrics.p_at_k} if metrics else {}
+    for name, curve in curves.items():
         with atomic_write(folder / name) as file:
             np.savetxt(file, curve.numpy())
 
 
-def report(files: Files, db_labels: np.ndarray, metrics: Metrics, db_codes: Tensor, ties: str, told: dict) -> dict:
+def report(
+    files: Files, db_labels: np.ndarray, metrics: Metrics | None, db_codes: Tensor, ties: str, told: dict
+) -> dict:
     """Log and write every result of a test. Returns what went into `metrics.json`.
 
     Args:
+        metrics: None: there are no labels.
         ties: which of `metrics.map_by_ties` is the run's MAP.
         told: what else goes into `metrics.json`; its `config` names the device.
     """
-    LOG.info("test mAP=%.6f", metrics.map_by_ties[ties])
-    precisions = metrics.p_at_k[1].tolist()
-    ranks = [rank for rank in (1, 10, 100, 1000, 5000) if rank <= len(precisions)]
-    LOG.info("test %s", ", ".join(f"P@{rank}={precisions[rank - 1]:.6f}" for rank in ranks))
+    maps = None
+    if metrics:
+        maps = metrics.map_by_ties
+        LOG.info("test mAP=%.6f", maps[ties])
+        precisions = metrics.p_at_k[1].tolist()
+        ranks = [rank for rank in (1, 10, 100, 1000, 5000) if rank <= len(precisions)]
+        LOG.info("test %s", ", ".join(f"P@{rank}={precisions[rank - 1]:.6f}" for rank in ranks))
+    if "unlabelled" in told:
+        measured = {name: value for name, value in told["unlabelled"].items() if value is not None}
+        LOG.info("test without labels: %s", ", ".join(f"{name}={value:.4f}" for name, value in measured.items()))
     files.check_lock()
     save_results(metrics, db_codes.cpu(), db_labels, files.checkpoints)
     where = {"peak_memory_mb": peak_memory(told["config"]["device"]), "versions": versions()}
-    results = {"map": metrics.map_by_ties[ties], "map_by_ties": metrics.map_by_ties} | told | where
+    results = {"map": maps and maps[ties], "map_by_ties": maps} | told | where
     write_json(files.metrics, results)
     return results
 
@@ -230,7 +241,7 @@ def take_place(files: Files, log: Path, state: dict | None) -> None:
 
 EPOCH_LINE = re.compile(r" - epoch (\d+): avg loss=")
 OF_EPOCH = re.compile(r" - (epoch \d+: avg loss=|val mAP=|early stop: )")
-OF_TEST = re.compile(r" - test (mAP=|P@)")
+OF_TEST = re.compile(r" - (test (mAP=|P@|without labels: )|beside it: )")
 
 
 def _log_before(path: Path, epoch: int) -> list[str]:
@@ -271,22 +282,12 @@ def _cut_events(files: Files, epoch: int, step: int) -> None:
 # ---------------------------------------------------------------- reading
 
 
-def read_array(path: Path, mmap_mode: str | None = None) -> np.ndarray:
-    """The array in a .npy file. Raises InputError if there is none."""
-    try:
-        array = np.load(path, mmap_mode, allow_pickle=False)
-    except (OSError, ValueError, EOFError, MemoryError, SyntaxError, tokenize.TokenError, zipfile.BadZipFile) as error:
-        raise InputError(f"{path} is not a readable .npy file ({one_line(error)[:200]}): move it away") from error
-    if not isinstance(array, np.ndarray):
-        raise InputError(f"{path} is not a .npy file but an archive of them: move it away")
-    return array
-
-
 def read_metrics(path: Path) -> dict:
-    """A run's `metrics.json`. Raises InputError if it is none."""
+    """A run's `metrics.json`; its `map` is None if there were no labels. Raises InputError if it is none."""
     try:
         metrics = json.loads(path.read_text(encoding="utf-8"))
-        if isinstance(metrics["config"], dict) and isinstance(metrics["map"], float):
+        measured = metrics["unlabelled"] if metrics["map"] is None else metrics["map"]
+        if isinstance(metrics["config"], dict) and isinstance(measured, float | dict):
             if "map_by_ties" not in metrics:  # of a version that knew no other order
                 metrics["config"]["ties"] = "database"
             return metrics

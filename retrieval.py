@@ -37,10 +37,14 @@ def lookup_tables(queries: Tensor, codewords: Tensor, normalize_query: bool = Tr
     return torch.einsum("qmd,mkd->qmk", segments, codewords)
 
 
+def reconstruction(codes: Tensor, codewords: Tensor) -> Tensor:
+    """Codes `[n, M]` -> the codewords that they select of `[M, K, d]`: `[n, M, d]`."""
+    return torch.stack([codewords[m][codes[:, m].long()] for m in range(len(codewords))], dim=1)
+
+
 def symmetric_tables(query_codes: Tensor, codewords: Tensor) -> Tensor:
     """Tables for quantized queries: `[Q, M, K]`, the rows of C^m C^mT that `query_codes` `[Q, M]` select."""
-    chosen = torch.stack([codewords[m][query_codes[:, m].long()] for m in range(len(codewords))], dim=1)  # [Q, M, d]
-    return torch.einsum("qmd,mkd->qmk", chosen, codewords)
+    return torch.einsum("qmd,mkd->qmk", reconstruction(query_codes, codewords), codewords)
 
 
 def codeword_distances(x: Tensor, codewords: Tensor) -> Tensor:
@@ -53,7 +57,7 @@ def codeword_distances(x: Tensor, codewords: Tensor) -> Tensor:
 
 def pack_bits(bits: Tensor) -> Tensor:
     """Bits `[n, B]`, bool or 0 and 1 -> bytes, uint8 `[n, B / 8]`, the first bit highest, as `np.packbits` has them."""
-    octets = bits.view(len(bits), -1, 8).to(torch.uint8)
+    octets = bits.unflatten(1, (-1, 8)).to(torch.uint8)
     places = torch.arange(7, -1, -1, dtype=torch.uint8, device=bits.device)
     return (octets << places).sum(dim=-1).to(torch.uint8)
 
@@ -61,10 +65,14 @@ def pack_bits(bits: Tensor) -> Tensor:
 def hamming_tables(query_codes: Tensor) -> Tensor:
     """Tables `[q, B / 8, 256]` of packed codes `[q, B / 8]`: the bits of a byte in common less those that differ, so
     that a score is B - 2 Hamming, exactly."""
-    device = query_codes.device
-    bits = torch.arange(256, device=device)[:, None] >> torch.arange(7, -1, -1, device=device) & 1
-    signs = 2.0 * bits - 1  # [256, 8]
+    signs = byte_signs(query_codes.device)
     return signs[query_codes.long()] @ signs.T
+
+
+def byte_signs(device: torch.device) -> Tensor:
+    """Bits of each byte as signs, the highest bit first: `[256, 8]`, -1 and 1."""
+    bits = torch.arange(256, device=device)[:, None] >> torch.arange(7, -1, -1, device=device) & 1
+    return 2.0 * bits - 1
 
 
 def aqs_scores(tables: Tensor, db_codes: Tensor) -> Tensor:

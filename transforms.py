@@ -17,9 +17,9 @@ from kornia.enhance import adjust_hue
 from PIL import Image
 from torch import Tensor
 from torchvision import transforms
-from torchvision.transforms.v2.functional import resized_crop
+from torchvision.transforms.v2.functional import center_crop, resize, resized_crop
 
-from decoding import opencv
+from decoding import UprightImage, opencv
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 SCALE, RATIO = (0.5, 1.0), (3 / 4, 4 / 3)  # of the crop: its share of the area, its width / height
@@ -28,6 +28,12 @@ BLUR_SIGMAS = (0.1, 2.0)  # pixels, of a kernel of 3 x 3
 P_JITTER, P_GREY, P_BLUR = 0.7, 0.2, 0.5
 COLOURS_FIRST = 32  # pixels
 GREY = (0.299, 0.587, 0.114)  # ITU-R 601 luma, as Pillow has it
+LONGEST = 4  # times the shorter side: of a longer image only the middle is resized
+# of `photo_pixels`; the number is to be raised with every change of what it computes
+PHOTO_TRANSFORM = (
+    "photo 1: upright; JPEG decoded at 1, 1/2, 1/4 or 1/8 of its size, at least twice the resized one; shorter side to "
+    "round(256/224 S), of smaller images to S, bilinear with antialiasing; centre S x S"
+)
 
 
 class Blur:
@@ -69,6 +75,23 @@ def photo_transform(image_size: int, normalized: bool = True) -> transforms.Comp
             *to_tensor(normalized),
         ]
     )
+
+
+def photo_pixels(image: UprightImage, image_size: int) -> Tensor:
+    """What a user's own image goes through, as `PHOTO_TRANSFORM` says: `[3, S, S]` uint8.
+
+    Raises nearly anything if the image is damaged.
+    """
+    shorter, longer = sorted(image.size)
+    side = round(image_size * 256 / 224)
+    side = side if shorter >= side else image_size  # a small image's border is not worth losing
+    least = tuple(2 * math.ceil(length * side / shorter) for length in image.size)
+    pixels = torch.from_numpy(image.decoded(least)).permute(2, 0, 1)
+    most = LONGEST * min(pixels.shape[1:])
+    pixels = center_crop(pixels, [min(length, most) for length in pixels.shape[1:]])
+    longer = min(side * longer // shorter, LONGEST * side)
+    size = [side, longer] if image.size[0] > image.size[1] else [longer, side]
+    return center_crop(resize(pixels, size, antialias=True), [image_size, image_size]).contiguous()
 
 
 def to_tensor(normalized: bool) -> list[Callable]:

@@ -50,8 +50,8 @@ class NonFiniteError(RunError):
 class Stopped(KeyboardInterrupt):
     """A signal that ends the run: one line, exit code 128 + its number."""
 
-    def __init__(self, number: int) -> None:
-        super().__init__(f"stopped by {signal.Signals(number).name}: go on with --resume")
+    def __init__(self, number: int, advice: str = "go on with --resume") -> None:
+        super().__init__(f"stopped by {signal.Signals(number).name}: {advice}")
         self.number = number
 
 

@@ -16,19 +16,16 @@ from sklearn.decomposition import PCA
 from torch import Tensor
 
 import retrieval
-from utils import InputError
+from quantizers import Encode, centroids_of, distance_tables, product_quantizer, rotation
+from vectors import unit
 
 FORMAT = 3  # to be raised with every change of what a method gives or how it is kept
-Encode = Callable[[np.ndarray], np.ndarray]
 
 
 def prepared(features: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
     """Features `[n, F]` by split, centred by the mean of `train` and then of unit length, float32."""
     mean = features["train"].mean(axis=0, dtype=np.float64).astype(np.float32)
-    centred = {name: np.ascontiguousarray(array - mean, dtype=np.float32) for name, array in features.items()}
-    return {
-        name: array / np.maximum(np.linalg.norm(array, axis=1, keepdims=True), 1e-12) for name, array in centred.items()
-    }
+    return {name: unit(array, mean) for name, array in features.items()}
 
 
 # ---------------------------------------------------------------- binary codes: `[n, bits]` bool
@@ -123,40 +120,6 @@ def spherical_score(db_bits: Tensor, query_bits: Tensor) -> Tensor:
     return -(bits - inner) / 2 / common.clamp(min=0.1)
 
 
-# ---------------------------------------------------------------- quantizers: `[n, M]` uint8
-
-
-def product_quantizer(train: np.ndarray, bits: int) -> "faiss.ProductQuantizer":
-    """Product quantization (Jegou et al. 2011), faiss's, with a byte per sub-quantizer. Raises InputError if there are
-    fewer images than centroids."""
-    if len(train) < 256:
-        raise InputError(f"PQ and OPQ need 256 training images, there are {len(train)} (is there a --limit?)")
-    pq = untrained_quantizer(train.shape[1], bits)
-    pq.train(train)
-    return pq
-
-
-def untrained_quantizer(dim: int, bits: int) -> "faiss.ProductQuantizer":
-    pq = faiss.ProductQuantizer(dim, bits // 8, 8)
-    pq.cp.min_points_per_centroid = 1  # no warning if there are few
-    return pq
-
-
-def rotation(train: np.ndarray, bits: int) -> Encode:
-    """The rotation of optimized product quantization (Ge et al. 2013), faiss's."""
-    opq = faiss.OPQMatrix(train.shape[1], bits // 8)
-    opq.pq = pq = untrained_quantizer(train.shape[1], bits)  # noqa: F841, faiss does not keep it alive
-    opq.train(np.tile(train, (-(-train.shape[1] // len(train)), 1)))  # with fewer points than dimensions it crashes
-    opq.pq = None
-    return opq.apply
-
-
-def distance_tables(centroids: Tensor, queries: Tensor) -> Tensor:
-    """Centroids `[M, K, d]` and queries `[q, M d]` -> tables `[q, M, K]` whose sums are negative squared distances."""
-    segments = queries.view(len(queries), *centroids.shape[::2]).transpose(0, 1)  # [M, q, d]
-    return -torch.cdist(segments, centroids).square().transpose(0, 1)
-
-
 # ---------------------------------------------------------------- all of them
 
 HASHES: dict[str, tuple[Callable[[np.ndarray, int, int], Encode], Callable[[Tensor, Tensor], Tensor]]] = {
@@ -191,7 +154,6 @@ def method_map(
         return float(retrieval.average_precisions(score, torch.from_numpy(query), labels, measured).mean())
     rotate = rotation(features["train"], bits) if method == "OPQ" else lambda x: x
     pq = product_quantizer(rotate(features["train"]), bits)
-    centroids = torch.from_numpy(faiss.vector_to_array(pq.centroids).reshape(pq.M, pq.ksub, pq.dsub))
     codes = torch.from_numpy(pq.compute_codes(rotate(database)))
-    tables = partial(distance_tables, centroids)
+    tables = partial(distance_tables, centroids_of(pq))
     return retrieval.mean_average_precision(tables, torch.from_numpy(rotate(query)), codes, labels, measured)

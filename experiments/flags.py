@@ -22,7 +22,8 @@ NAMES = {
     long: ["--dataset", dataset, *(["--protocol", protocol] if protocol else [])]
     for (dataset, protocol), (_, long) in published.NAMES.items()
 } | {f"CIFAR10-{name}": ["--dataset", "CIFAR10", "--protocol", name] for name in ("official", "CIBHash")}
-NAMES |= {name: ["--dataset", name] for name in DATASETS if name not in {dataset for dataset, _ in published.NAMES}}
+NAMES |= {name: ["--dataset", name] for name, row in DATASETS.items()
+          if name not in {dataset for dataset, _ in published.NAMES} and not (row.own or row.vectors)}  # fmt: skip
 SHORT = {long: short for short, long in published.NAMES.values()}
 REFUSED = ("test_only", "resume", "overwrite", "notes", "output", "symmetric_distance")  # a sweep makes many runs
 # what --datasets, --bits and --seeds say

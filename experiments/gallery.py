@@ -15,6 +15,7 @@ import evaluation
 import retrieval
 from config import Config
 from data import class_names
+from photos import shown_name
 from readers import ImageFiles, Images
 from utils import InputError
 
@@ -22,33 +23,40 @@ FOUND = 10  # images per query
 
 
 class Search:
-    """The run's queries and codes, ranked again; `ap` `[Q]` are the average precisions.
+    """The run's queries and codes, ranked again; `ap` `[Q]` are the average precisions, None without labels.
 
     Args:
         configuration: of a test of the run's model.
         codes: of the database, `[n, M]`.
-        labels: of the database.
+        labels: of the database; None if there are none.
 
     Raises InputError if data or weights are not to be had, or the images are others than the run's.
     """
 
-    def __init__(self, configuration: Config, codes: np.ndarray, labels: np.ndarray) -> None:
+    def __init__(self, configuration: Config, codes: np.ndarray, labels: np.ndarray | None) -> None:
         self.splits, self.method = engine.build(configuration)
-        if not np.array_equal(labels, self.splits.database.labels):
+        known = self.splits.database.labels
+        if len(codes) != len(known) or (labels is not None and not np.array_equal(labels, known)):
+            flag = "data_root" if configuration.images is None else "images"
             raise InputError(
-                f"the images of {configuration.dataset} are not those of the run: name their folder with --data_root"
+                f"the images of {configuration.dataset} are not those of the run: name their folder with --{flag}"
             )
-        self.names = class_names(configuration.dataset, Path(configuration.list_root))
+        self.names = self.splits.classes or class_names(configuration.dataset, Path(configuration.list_root))
         images = self.splits.tested  # all: the run's cache is of all
         features = engine.build_features(configuration, self.method.backbone, images)
         self.queries = evaluation.encode_queries(self.method, features["query"])
         self.codes = torch.from_numpy(codes.astype(np.int32)).to(configuration.device)
+        self.ap = None if labels is None else self.average_precisions(configuration)
+
+    def average_precisions(self, configuration: Config) -> np.ndarray:
+        """`[Q]`, of the run's MAP."""
+        images = self.splits.tested
         both = [torch.from_numpy(images[name].labels).to(configuration.device) for name in ("query", "database")]
         measured = retrieval.Measure(configuration.topK, configuration.ties)
         width = self.method.M * self.method.K
         with torch.inference_mode():
             ap = retrieval.average_precisions(self.score, self.queries, both, measured, width=width)
-        self.ap = ap.cpu().numpy()
+        return ap.cpu().numpy()
 
     def score(self, queries: Tensor) -> Tensor:
         """Similarity of queries to all of the database, `[q, n]`, Eq. 17."""
@@ -81,10 +89,10 @@ def label_text(label: np.ndarray, names: tuple[str, ...]) -> str:
 
 
 def picture(images: Images | ImageFiles, index: int, kind: str, text: str) -> str:
-    """A figure; `kind` is asked, hit or miss."""
+    """A figure; `kind` is asked, hit, miss, or found if there are no labels."""
     photo = images.picture(index)
     small = " small" if max(photo.size) <= 64 else ""
-    mark = {"asked": "query:", "hit": "\u2713", "miss": "\u2717"}[kind]
+    mark = {"asked": "query:", "hit": "\u2713", "miss": "\u2717", "found": ""}[kind]
     label = html.escape(text)
     return f'<figure class="{kind}{small}"><img src="{thumbnail(photo)}" alt="{label}"><b>{mark}</b> {label}</figure>'
 
@@ -103,8 +111,29 @@ def answer(search: Search, query: int) -> str:
     return f"{text}</div>"
 
 
+def neighbours(search: Search, query: int) -> str:
+    """A query and its nearest images by name: without labels, none is a hit or a miss."""
+    queries, database = search.splits.query, search.splits.database
+    text = f'<div class="query"><h3>{html.escape(name_of(queries, query))}</h3>'
+    text += picture(queries, query, "asked", "")
+    return (
+        text
+        + "".join(picture(database, i, "found", name_of(database, i)) for i in search.first(query, FOUND))
+        + "</div>"
+    )
+
+
+def name_of(images: Images | ImageFiles, index: int) -> str:
+    """The name of an image's file; of images in memory, the number."""
+    return shown_name(images.names[index]) if images.on_disk else f"image {index}"
+
+
 def shown(search: Search, n: int) -> str:
-    """n queries each with the best, the worst and middling average precision."""
+    """n queries each with the best, the worst and middling average precision; without labels, 3 n of all."""
+    if search.ap is None:
+        chosen = np.unique(np.linspace(0, len(search.queries), 3 * n, endpoint=False).astype(int))
+        text = f"<h2>Gallery</h2><p class='note'>Of {len(search.queries)} held-back images, and the nearest others.</p>"
+        return text + "".join(neighbours(search, query) for query in chosen)
     order = np.argsort(-search.ap, kind="stable")
     middle = len(order) // 2
     groups = {"Best": order[:n], "Worst": order[::-1][:n], "In the middle": order[middle : middle + n]}

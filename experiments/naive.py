@@ -58,7 +58,7 @@ def step(
     objective = method.objective
     with torch.autograd.set_detect_anomaly(True):
         view1, view2 = batch.to(method.projection.weight.device).unbind(dim=1)
-        z = torch.cat([method.project(net(view1)), method.project(net(view2))])
+        z = torch.cat([method.project(method.normalized(net(view))) for view in (view1, view2)])
         soft_codes, reconstruction = method.quantizer(z)
         codewords = method.quantizer.codewords()
         contrastive = loss.contrastive_loss(
@@ -87,7 +87,7 @@ def encode(
     square = [T.Resize((S, S)), T.ToTensor(), T.Normalize(transforms.IMAGENET_MEAN, transforms.IMAGENET_STD)]
     transform = transforms.photo_transform(S) if images.on_disk else T.Compose(square)
     loader = DataLoader(_Pictures(images, transform), batch_size, num_workers=worker_count(how.num_workers))
-    return torch.cat([method.project(net(batch.to(how.device))) for batch in loader])
+    return torch.cat([method.project(method.normalized(net(batch.to(how.device)))) for batch in loader])
 
 
 # ---------------------------------------------------------------- metrics, one query after the other

@@ -11,10 +11,8 @@ the queries it shows the best, the worst, and those in the middle.
 import argparse
 import html
 import sys
-import warnings
 from argparse import Namespace
 from collections.abc import Callable
-from itertools import cycle
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -22,6 +20,7 @@ import config
 from config import Config
 from data import DATASETS
 from experiments import flags, published
+from experiments.curves import result_curves, training_curves
 from methods import BACKBONES, METHODS
 from utils import (
     InputError,
@@ -40,14 +39,6 @@ if TYPE_CHECKING:
 
     from results import Files
 
-CURVES = {
-    "loss/total_loss": "total loss",
-    "loss/simclr_loss": "contrastive loss",
-    "loss/codeword_reg_loss": "Omega, codeword diversity",
-    "loss/entropy_reg_loss": "entropy of the soft codes",
-    "quant_err": "quantization error",
-    "val_mAP": "MAP of the test, a fraction",
-}
 STYLE = """
 :root { color-scheme: light; --ink: #1b1f24; --soft: #57606a; --line: #d8dee4; --hit: #1a7f37; --miss: #b42318; }
 * { box-sizing: border-box; }
@@ -73,6 +64,9 @@ figure { margin: 0; font-size: .75rem; line-height: 1.25; } figure img { width: 
 """
 
 
+PLACES = ("data_root", "list_root", "images", "feature_cache", "device")  # flags that may differ from the run's
+
+
 # ---------------------------------------------------------------- what a run wrote, checked before it is used
 
 
@@ -94,7 +88,7 @@ def _one_of(values: object) -> Callable[[object], bool]:
 
 # fields of metrics.json, and flags in its `config`, that the page computes with -> whether a value makes sense
 FIELDS: dict[str, Callable[[object], bool]] = {
-    "map": lambda value: _number(value) and 0 <= value <= 1,
+    "map": lambda value: value is None or (_number(value) and 0 <= value <= 1),
     "bits": _whole(1, 2**20),
     "epochs_run": _whole(0, 2**32),
     "history": lambda value: isinstance(value, list) and all(_numbers(entry) and "epoch" in entry for entry in value),
@@ -136,7 +130,7 @@ def checked(metrics: dict, path: Path) -> Config:
 def for_gallery(configuration: Config, checkpoint: Path, own: Namespace) -> Config:
     """The configuration of a test of the run's model, with the places that the user gave. Raises InputError if its
     flags do not go together."""
-    given = {name: getattr(own, name) for name in ("data_root", "list_root", "feature_cache", "device")}
+    given = {name: getattr(own, name) for name in PLACES}
     values = vars(configuration) | {name: value for name, value in given.items() if value is not None}
     values |= {"test_only": True, "checkpoint": str(checkpoint), "download_cifar10": False}
     if values["method"] == "MeCoQ":
@@ -182,20 +176,35 @@ def ties(metrics: dict) -> str:
     return f"; equal scores: expected {100 * maps['expected']:.2f}, in database order {100 * maps['database']:.2f}"
 
 
+def without_labels(measured: dict) -> list[tuple[str, str]]:
+    """What was measured without labels: figures for `head`. Raises TypeError if they are none that a run writes."""
+    if not _numbers({name: value for name, value in measured.items() if value is not None}):
+        raise TypeError("what was measured without labels is not numbers")
+    found = [
+        (f"{measured['views_found']:.1%}", "of the held-back images: one view finds the other before all others'"),
+        (f"{measured['codewords_used']:.1%}", "of the codewords code any image"),
+    ]
+    if measured["quantization_error"] is not None:
+        found.append((f"{measured['quantization_error']:.4f}", "quantization error of the held-back images"))
+    return found
+
+
 def head(metrics: dict, configuration: Config) -> str:
     """Title, the main figures, the published ones, and what to mind when comparing them."""
     protocol = f" ({configuration.protocol})" if DATASETS[configuration.dataset].protocols else ""
-    epochs = f"epochs, the best one {metrics['best_epoch']}" if metrics["epochs_run"] else "epochs: tested only"
-    figures = [
-        (f"{100 * metrics['map']:.2f}", f"MAP@{metrics['topK'] or 'all'} in percent{ties(metrics)}"),
-        (metrics["bits"], "bits per image"),
-        (metrics["epochs_run"], epochs),
-    ]
+    kept = "the last one kept" if "unlabelled" in metrics else f"the best one {metrics['best_epoch']}"
+    epochs = f"epochs, {kept}" if metrics["epochs_run"] else "epochs: tested only"
+    figures = [(metrics["bits"], "bits per image"), (metrics["epochs_run"], epochs)]
+    if metrics["map"] is not None:
+        mean = f"{100 * metrics['map']:.2f}"
+        figures.insert(0, (mean, f"MAP@{metrics['topK'] or 'all'} in percent{ties(metrics)}"))
+    if "unlabelled" in metrics:
+        figures += without_labels(metrics["unlabelled"])
     notes = [] if metrics["canonical_data"] else ["The images are not the published ones."]
     notes += [f"Only {metrics['limit']} images a split were used: the MAP means nothing."] if metrics["limit"] else []
     backbone = configuration.backbone
     published_one = config.rows(configuration.method)["backbone"].default
-    if backbone != published_one:
+    if backbone != published_one and not DATASETS[configuration.dataset].own:
         notes.append(f"The backbone is {backbone}, the published one {published_one}: the numbers do not compare.")
     what = f"{configuration.method}, {configuration.dataset}{protocol}, {backbone}, "
     what += f"recipe {metrics['recipe']}, seed {metrics['seed']}"
@@ -219,91 +228,20 @@ def described(metrics: dict, configuration: Config) -> str:
     )
 
 
-# ---------------------------------------------------------------- curves
-
-
-def panel(title: str, axes: tuple[str, str], lines: list[tuple], **style: object) -> str:
-    """A plot of lines (x, y, label) as SVG; `axes`: their names."""
-    from experiments import plots
-
-    figure, grid = plots.panels(1, 1, 3.8, 2.6)
-    for (x, y, label), colour in zip(lines, cycle(plots.COLOURS), strict=False):
-        grid[0, 0].plot(x, y, label=label, color=colour, linewidth=1.5, **style)
-    plots.finish(grid[0, 0], title, *axes, legend=len(lines) > 1)
-    return plots.svg(figure)
-
-
-def their_maps(configuration: Config, bits: int) -> list[tuple]:
-    """MAP by epoch in the authors' runs of the same experiment: lines for `panel`."""
-    frame, (name, _) = published.read("reference_curves"), published.experiment(vars(configuration), bits)
-    frame = frame[(frame["notes"] == name) & (frame["val_map"] != "")]
-    return [
-        (part["epoch"].astype(int), part["val_map"].astype(float), f"the authors', VGG16, {gpu}")
-        for gpu, part in frame.groupby("gpu", sort=False)
-    ]
-
-
-def training_curves(metrics: dict, configuration: Config) -> str:
-    """Losses and MAP by epoch; empty if nothing was trained."""
-    learned = []
-    for tag, title in CURVES.items():
-        entries = [entry for entry in metrics["history"] if tag in entry]
-        if entries:
-            line = [entry["epoch"] for entry in entries], [entry[tag] for entry in entries]
-            theirs = their_maps(configuration, metrics["bits"]) if tag == "val_mAP" else []
-            lines = [(*line, "this run" if theirs else None), *theirs]
-            learned.append(panel(title, ("epoch", ""), lines, marker="." if len(entries) < 40 else ""))
-    return f'<h2>Training</h2><div class="plots">{"".join(learned)}</div>' if learned else ""
-
-
-def result_curves(files: "Files", codes: "np.ndarray", K: int) -> str:
-    """Precision and recall, precision among the first K, and how often each codeword is used."""
-    import numpy as np
-    import torch
-
-    from methods.mecoq import used_codewords
-
-    pr, p_at_k = (read_curve(files.checkpoints / name) for name in ("PR_curve.txt", "P_at_topK_curve.txt"))
-    thinned = np.unique(np.geomspace(1, pr.shape[1], 400).astype(int)) - 1
-    found = [panel("precision and recall", ("recall", "precision"), [(*pr[:, thinned], None)])]
-    found.append(panel("precision among the first K", ("K", "precision"), [(*p_at_k, None)]))
-    shares = np.stack([np.sort(np.bincount(column, minlength=K))[::-1] for column in codes.T]) / len(codes)
-    used, perplexity = used_codewords(torch.from_numpy(codes.astype(np.int64)), K)
-    lines = [(np.arange(1, K + 1), share, f"codebook {m + 1}") for m, share in enumerate(shares)]
-    found.append(panel("codewords, most used first", ("codeword", "share of the images"), lines))
-    return (
-        f'<h2>Retrieval and codes</h2><div class="plots">{"".join(found)}</div><p class="note">{used:.1%} of the '
-        f"codewords code any image; their use has a perplexity of {perplexity:.1%} of K (100 %: all alike).</p>"
-    )
-
-
-def read_curve(path: Path) -> "np.ndarray":
-    """The two rows of a curve. Raises InputError if the file does not hold them."""
-    import numpy as np
-
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # NumPy's about an empty file; one line says it below
-            curve = np.loadtxt(path, ndmin=2)
-    except (OSError, ValueError) as error:
-        raise InputError(f"{path} is not readable ({error}): test the run again") from error
-    if len(curve) != 2 or not curve.size:
-        raise InputError(f"{path} has not two rows: test the run again")
-    return curve
-
-
 # ---------------------------------------------------------------- the page
 
 
-def database_codes(files: "Files", M: int, K: int) -> "tuple[np.ndarray, np.ndarray]":
-    """The database's codes `[n, M]` and labels. Raises InputError if no such codebooks made them."""
-    from results import read_array
+def database_codes(files: "Files", configuration: Config, labelled: bool) -> "tuple[np.ndarray, np.ndarray | None]":
+    """The database's codes `[n, M]` and labels, if there are any. Raises InputError if no such codebooks made them."""
+    from readers import read_array
 
-    codes, labels = (read_array(files.checkpoints / name) for name in ("db_codes.npy", "db_targets.npy"))
+    M, K = config.code_shape(vars(configuration))
+    codes = read_array(files.checkpoints / "db_codes.npy")
+    labels = read_array(files.checkpoints / "db_targets.npy") if labelled else codes[:, 0]
     whole = labels.ndim in (1, 2) and codes.size and codes.shape == (len(labels), M) and codes.dtype.kind in "iu"
     if not whole or codes.min() < 0 or codes.max() >= K:
         raise InputError(f"{files.checkpoints / 'db_codes.npy'} does not hold the run's codes: test the run again")
-    return codes, labels
+    return codes, labels if labelled else None
 
 
 def gallery(metrics: dict, configuration: Config, files: "Files", own: Namespace) -> str:
@@ -318,17 +256,18 @@ def gallery(metrics: dict, configuration: Config, files: "Files", own: Namespace
         raise InputError(f"{path} is not the model that the run's metrics.json is of; --queries 0: no gallery")
     configuration = for_gallery(configuration, path, own)
     precision = use_device(configuration.device, configuration.precision)
-    codes, labels = database_codes(files, *config.code_shape(vars(configuration)))
+    codes, labels = database_codes(files, configuration, metrics["map"] is not None)
     search = Search(configuration.replace(precision=precision), codes, labels)
     return shown(search, own.queries)
 
 
 def page(metrics: dict, configuration: Config, files: "Files", own: Namespace) -> str:
     """The whole HTML. Raises InputError if the run's files do not belong together."""
-    codes, _ = database_codes(files, *config.code_shape(vars(configuration)))
+    labelled = metrics["map"] is not None
+    codes, _ = database_codes(files, configuration, labelled)
     body = head(metrics, configuration) + training_curves(metrics, configuration)
-    body += result_curves(files, codes, config.code_shape(vars(configuration))[1])
-    if own.queries:
+    body += result_curves(files, codes, config.code_shape(vars(configuration))[1], labelled)
+    if own.queries and not DATASETS[configuration.dataset].vectors:
         body += gallery(metrics, configuration, files, own)
     return (
         '<!doctype html><html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, '
@@ -345,7 +284,7 @@ def build_parser() -> Parser:
     add("--html", type=Path, help="the file to write (default: report.html beside the run's metrics.json)")
     add("--queries", type=int, default=8, help="shown in each part of the gallery; 0: no gallery (default: "
         "%(default)s)")  # fmt: skip
-    for name in ("data_root", "list_root", "feature_cache", "device"):
+    for name in PLACES:
         add(f"--{name}", help="(default: as in the run)")
     add("--dry_run", action="store_true", help="check the flags, print what would be read and written")
     return parser

@@ -21,7 +21,8 @@ from config import Config
 from distributed import check_device, use_device
 from experiments.callbacks import CALLBACKS
 from experiments.flags import Trial
-from experiments.view_cache import CachedViews, PassThrough, ViewCache, cache_key, can_cache, views_key
+from experiments.view_cache import CachedViews, ViewCache, cache_key, can_cache, views_key
+from methods.backbones import PassThrough
 from results import Files
 from utils import (
     LOG,
@@ -111,6 +112,8 @@ def train(configuration: Config, shared: Shared, folder: Path, callback: str | N
         method.backbone = PassThrough(method.backbone.dim)
     else:
         loader = engine.build_loader(configuration, shared.splits)
+    if configuration.normalize_features:
+        method.centre_features(shared.features["train"])
     files = Files(folder, configuration.notes)
     files.checkpoints.mkdir(parents=True, exist_ok=True)
     callbacks = [CALLBACKS[callback](shared.images, configuration)] if callback else []

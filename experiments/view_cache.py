@@ -24,7 +24,7 @@ from decoding import opencv
 from distributed import processor_name, sent
 from loaders import TwoViews
 from methods.backbones import Backbone
-from results import read_array
+from readers import read_array
 from utils import LOG, InputError, atomic_write, check_writable, locked, progress_bar, sha256, write_json
 
 FORMAT = 2  # to be raised with every change of what the values are or how they are kept
@@ -171,16 +171,3 @@ class CachedViews:
         for start in range(self.first_step * self.batch_size, self.n, self.batch_size):
             batch = np.array(features[:, start : start + self.batch_size])
             yield sent(torch.from_numpy(batch), self.device).flatten(0, 1)
-
-
-class PassThrough(nn.Module):
-    """A stand-in for a backbone: features come in, features go out."""
-
-    def __init__(self, dim: int) -> None:
-        super().__init__()
-        self.dim, self.blocks, self.split, self.cut = dim, (), 0, 0
-
-    def forward(self, features: Tensor) -> Tensor:
-        return features
-
-    suffix = forward

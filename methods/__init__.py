@@ -79,6 +79,7 @@ BACKBONES: dict[str, BackboneRow] = {
         network="methods.backbones:resnet18_small",
         normalized=False,
     ),
+    "none": BackboneRow("methods.backbones:PassThrough", trainable=0, smallest=1),  # what comes in is features
     "resnet18_tiny": BackboneRow(
         "methods.backbones:small_resnet",
         1,

@@ -95,6 +95,19 @@ class Backbone(nn.Module):
         return self.suffix(self.prefix(x))
 
 
+class PassThrough(nn.Module):
+    """A stand-in for a backbone: features `[B, dim]` come in, features go out."""
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.dim, self.blocks, self.split, self.cut = dim, (), 0, 0
+
+    def forward(self, features: Tensor) -> Tensor:
+        return features
+
+    prefix = suffix = forward
+
+
 def vgg16(net: nn.Module) -> tuple[list[nn.Module], int]:
     """conv1 ... fc7; the blocks that may be trained are fc6 and fc7, each with its ReLU and dropout."""
     fc = net.classifier

@@ -89,6 +89,17 @@ class CIBHash(Method):
     def tables(self, queries: Tensor) -> Tensor:
         return retrieval.hamming_tables(queries)
 
+    def queries_of_codes(self, codes: Tensor) -> Tensor:
+        return codes
+
+    def vectors(self, queries: Tensor) -> Tensor:
+        """Bits as signs."""
+        return retrieval.byte_signs(queries.device)[queries.long()].flatten(1)
+
+    def codewords_for_search(self) -> Tensor:
+        """Bytes as signs, d = 8."""
+        return retrieval.byte_signs(self.encoder[0].weight.device).expand(self.M, -1, -1)
+
     def check_state(self, state: dict[str, Tensor], path: Path) -> None:
         hidden, bits = (state.get(f"encoder.{layer}.weight") for layer in (0, 2))
         if hidden is None or bits is None or hidden.dim() != 2 or bits.dim() != 2:

@@ -11,7 +11,7 @@ Rule = Callable[[object], str | None]  # a value -> what is wrong with it
 # What a flag can change, from which the keys of resumed runs, sweeps and caches are taken:
 #   images    the images and labels of a run           features  what the frozen layers make of a test image
 #   views     the augmented views                      result    anything else that comes out
-#   weights   results, by a file whose content is compared instead of its name
+#   weights   results, by a file or folder whose content is compared instead of its name
 #   speed     how fast or safely a run goes; rounding    place     where it reads and writes
 #   action    what is done with a run, not what it is
 AFFECTS = ("images", "features", "views", "result", "weights", "speed", "place", "action")
@@ -206,7 +206,7 @@ def resolve_spq(values: dict, pretrained: bool) -> None:
     if pretrained and not values["head_only"]:
         raise InputError(
             f"--backbone {name}: SPQ trains a network of its own from scratch, --backbone resnet18_small; to learn its "
-            f"head and codebooks alone on the frozen features of {name}, add --head_only"
+            "head and codebooks alone on features that are frozen, add --head_only"
         )
     if values["head_only"] and (not pretrained or values["trainable_layer_num"]):
         raise InputError("--head_only: needs a pretrained --backbone, and --trainable_layer_num 0")

@@ -98,8 +98,7 @@ class CodeMemory(nn.Module):
 
 def hard_reconstruction(quantizer: CodebookAttention, z: Tensor) -> Tensor:
     """Embeddings `[B, D]` -> their nearest codewords `[B, M, d]`, Eq. 15."""
-    codewords, codes = quantizer.codewords(), quantizer.hard_codes(z).long()
-    return torch.stack([codewords[m][codes[:, m]] for m in range(quantizer.M)], dim=1)
+    return retrieval.reconstruction(quantizer.hard_codes(z), quantizer.codewords())
 
 
 def used_codewords(codes: Tensor, K: int) -> tuple[float, float]:
@@ -259,6 +258,24 @@ class MeCoQ(Method):
         if self.search.symmetric:
             return retrieval.symmetric_tables(queries, codewords)
         return retrieval.lookup_tables(queries, codewords, self.search.normalize_query)
+
+    def quantization_error(self, z: Tensor) -> Tensor:
+        return loss.quantization_error(self.quantizer.segments(z), self.quantizer(z)[1])
+
+    def queries_of_codes(self, codes: Tensor) -> Tensor:
+        if self.search.symmetric:
+            return codes
+        return retrieval.reconstruction(codes, self.quantizer.codewords()).flatten(1)
+
+    def vectors(self, queries: Tensor) -> Tensor:
+        """Segments; of unit length, if Eq. 16 has them so; the codewords that stand for them, if queries are quantized
+        too."""
+        if self.search.symmetric:
+            return retrieval.reconstruction(queries, self.quantizer.codewords()).flatten(1)
+        return self.quantizer.segments(queries).flatten(1) if self.search.normalize_query else queries
+
+    def codewords_for_search(self) -> Tensor:
+        return self.quantizer.codewords()
 
     def check_state(self, state: dict[str, Tensor], path: Path) -> None:
         codebooks = state.get("quantizer.codebooks")

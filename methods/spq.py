@@ -124,6 +124,12 @@ class SPQ(Method):
         """Distances, not squared, and negative: larger is nearer."""
         return -self.quantizer.distances(queries)
 
+    def quantization_error(self, z: Tensor) -> Tensor:
+        return loss.quantization_error(z, self.quantizer(z)[1])
+
+    def queries_of_codes(self, codes: Tensor) -> Tensor:
+        return retrieval.reconstruction(codes, self.quantizer.codebooks).flatten(1)
+
     def check_state(self, state: dict[str, Tensor], path: Path) -> None:
         codebooks = state.get("quantizer.codebooks")
         if codebooks is None or codebooks.dim() != 3 or "head.weight" not in state:

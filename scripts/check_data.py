@@ -89,7 +89,7 @@ def images_are_sound(splits: data.Splits, num_workers: int) -> bool:
 
 def main(argv: list[str] | None = None) -> int:
     parser = Parser(description=__doc__.splitlines()[0], allow_abbrev=False)
-    choices = list(data.DATASETS)
+    choices = [name for name, row in data.DATASETS.items() if not (row.own or row.vectors)]
     parser.add_argument("--dataset", choices=choices, action="append", help="this one only; may be repeated")
     parser.add_argument("--data_root", type=Path, default=Path("datasets"), help="(default: %(default)s)")
     parser.add_argument("--list_root", type=Path, default=Path("data"), help="(default: %(default)s)")

@@ -76,9 +76,11 @@ def describe_run(path: Path) -> list[str]:
     if not (path.parent / "metrics.json").exists():
         return ["  there is no metrics.json beside it: its run has not finished"]
     metrics = read_metrics(path.parent / "metrics.json")
+    value = metrics["map"]
+    found = "no labels" if value is None else f"MAP@{metrics.get('topK') or 'all'} {value:.6f}"
+    kept = "last epoch" if "unlabelled" in metrics else f"best epoch {metrics.get('best_epoch')}"
     lines = [
-        f"  metrics.json beside it: {metrics['config'].get('notes')}, MAP@{metrics.get('topK') or 'all'} "
-        f"{metrics['map']:.6f}, best epoch {metrics.get('best_epoch')} of {metrics.get('epochs_run')}"
+        f"  metrics.json beside it: {metrics['config'].get('notes')}, {found}, {kept} of {metrics.get('epochs_run')}"
     ]
     if path.name == "model.cpt" and metrics.get("model_sha256") != sha256(path):
         lines.append("  NOT THE SAME MODEL: metrics.json is of another one")

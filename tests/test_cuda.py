@@ -25,6 +25,7 @@ import transforms
 from distributed import processor_name, use_device
 from experiments import flags, sweep
 from retrieval import Measure
+from search.encoder import Encoder
 
 READ = ("results.py", "read", "copy to the host")
 ONCE = ("transforms.py", "on_device", "blocking copy to the GPU")  # constants, the first time
@@ -173,6 +174,24 @@ def test_small_images_are_sent_once_if_they_fit(gpu, monkeypatch, free, augmenta
     assert not gpu.waits
     assert (gpu.sent < 40 * 32 * 32 * 3) == (free > 0)
     assert seeds.call_count <= 2 + len(loader)
+
+
+@pytest.mark.parametrize("views", [False, True])
+def test_embeddings_are_learned_without_waiting(gpu, tmp_path, views):
+    generator = np.random.default_rng(0)
+    np.save(tmp_path / "X.npy", generator.normal(size=(1200, 24)).astype(np.float32))
+    np.save(tmp_path / "V.npy", generator.normal(size=(1200, 3, 24)).astype(np.float32))
+    given = ["--embeddings", str(tmp_path / "X.npy")]
+    given += ["--embedding_views", str(tmp_path / "V.npy")] if views else []
+    mecoq = [flag for flag in MECOQ if flag not in ("--lr", "0.05")]
+    given += ["--dataset", "Embeddings", "--limit", "1100", "--batch_size", "500", "--K", "16", *mecoq]
+    argv = [flag for flag in SMALL_RUN[4:] if flag not in ("--weights", "random", "--image_size", "--batch_size")]
+    configuration = config.parse([*argv[2:], *given, "--device", "cuda"])
+    splits, method = engine.build(configuration)
+    loader = engine.build_loader(configuration, splits)
+    training = engine.start(configuration, method, loader)
+    another_epoch(gpu, training, loader)
+    assert gpu.waits == {READ: -(-len(loader) // 2)}
 
 
 def enlarged(images):
@@ -455,6 +474,19 @@ def test_a_checkpoint_is_tested_and_reported(gpu, tmp_path, flags, capsys):
 def trial_flags(weights):
     flags = [*SMALL_RUN[2:], *SQUEEZENET, "--batch_size", "16", "--epoch_num", "2", "--device", "cuda"]
     return [*flags, "--weights", weights, "--queue_begin_epoch", "0", "--queue_size", "20"]
+
+
+@pytest.mark.parametrize("flags", [case(*SQUEEZENET, *MECOQ), case(*CONVNET, *CIBHASH, marks=slow)])
+def test_search_encodes_as_the_cpu_does(tmp_path, flags):
+    run(tmp_path, "cpu", *flags, "--precision", "fp32", "--epoch_num", "0")
+    pixels = np.random.default_rng(0).integers(0, 256, (3, 3, *[32 if "squeezenet1_0" in flags else 16] * 2), np.uint8)
+    found = []
+    with pretended_gpu():
+        for device in ("cpu", "cuda"):
+            encoder = Encoder(tmp_path / "checkpoints" / "run", device)
+            found.append([*vars(encoder.encode(pixels)).values(), encoder.vectors_of(np.zeros((1, 2), np.uint8))])
+    for ours, expected in zip(*found, strict=True):
+        np.testing.assert_allclose(ours, expected, rtol=1e-3, atol=1e-4)
 
 
 @pytest.mark.parametrize("callback", [None, "CodebookUse", pytest.param("FeatureDrift", marks=slow)])

@@ -35,6 +35,7 @@ CHANGES: dict[str, tuple[list[str], list[str]]] = {
     "backbone": (FROZEN, ["--backbone", "resnet18", "--weights", "random"]),
     "weights": (FROZEN, ["--weights", "random"]),
     "trainable_layer_num": (FROZEN, ["--trainable_layer_num", "1", "--lr_scaling", "1"]),
+    "normalize_features": (FROZEN, ["--normalize_features"]),
     "precision": (FROZEN, ["--precision", "fp32"]),
     "epoch_num": ([], ["--epoch_num", "1"]),
     "batch_size": ([], ["--batch_size", "20"]),
@@ -114,7 +115,8 @@ OWN_CHANGES = {
 }  # fmt: skip
 # what has a test of its own: other images, a download, a device, a compiler, a test without a training, no run at all
 ELSEWHERE = {"method", "dataset", "protocol", "skip_bad_images", "download_cifar10", "device", "compile", "test_only",
-             "checkpoint", "vgg_model_path", "dry_run"}  # fmt: skip
+             "checkpoint", "vgg_model_path", "dry_run", "images", "embeddings", "embedding_views",
+             "embedding_labels"}  # fmt: skip
 
 
 def test_every_flag_is_tried():

@@ -11,7 +11,8 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 import results
 import utils
-from results import Events, Files, StepLog, read_array, read_codes, read_metrics, save_results, take_place
+from readers import read_array
+from results import Events, Files, StepLog, read_codes, read_metrics, save_results, take_place
 from retrieval import Metrics
 from utils import InputError
 

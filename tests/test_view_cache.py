@@ -27,7 +27,9 @@ def filled(root, configuration, splits, backbone):
     return cache
 
 
-@pytest.mark.parametrize("flags", [[], ["--recipe", "release", "--symmetric_distance", "--seed", "5"]])
+@pytest.mark.parametrize(
+    "flags", [[], ["--recipe", "release", "--symmetric_distance", "--seed", "5"], ["--normalize_features"]]
+)
 def test_training_on_cached_views_is_training_on_the_images(flags, weights, tmp_path):
     flags = [*flags, "--weights", weights]
     folder = small_run(tmp_path, *FROZEN, *flags)

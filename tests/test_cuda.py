@@ -468,7 +468,6 @@ def test_a_checkpoint_is_tested_and_reported(gpu, tmp_path, flags):
     assert metrics["map"] == expected["map"]
     for device in ("cuda", "cpu") if HOSTILE else ("cuda",):
         assert call("report", "run", "--output", tmp_path, "--device", device, "--queries", "1") == 0
-    assert not capsys.readouterr().err
 
 
 def trial_flags(weights):
@@ -509,5 +508,5 @@ def test_a_trial_trains_on_cached_views(gpu, tmp_path, weights, callback):
 def test_table1_stands_on_a_gpu(gpu, tmp_path, weights):
     where = [f"--{name}={tmp_path / name}" for name in ("results", "trials", "view_cache", "feature_cache")]
     which = ["--datasets", "Digits", "--bits", "16", "--seeds", "2021"]
-    assert call("table1", *which, *trial_flags(weights), *where) == 0
+    assert call("table1", *which, *trial_flags(weights), "--limit", "300", "--batch_size", "100", *where) == 0
     assert "MeCoQ" in (tmp_path / "results" / "table1.md").read_text()

@@ -42,17 +42,19 @@ class Encoder:
     Args:
         folder: holds the run's `model.cpt` and `config.json`.
         device: cpu, cuda or cuda:N.
+        queries: to encode queries alone: in float32, as the exported graph does, whatever the run's precision, and not
+            filled up to the size of a batch, which one image would have to wait for.
 
     Raises InputError if the folder does not hold a model of images, whole and of this version.
     """
 
-    def __init__(self, folder: Path, device: str = "cpu") -> None:
+    def __init__(self, folder: Path, device: str = "cpu", queries: bool = False) -> None:
         device = "cuda:0" if device == "cuda" else device  # torch.cuda.set_device wants a number
         model = folder / "model.cpt"
         configuration = read_config(folder)
         if not model.is_file():
             raise InputError(f"{model} does not exist: name the folder of a finished training, checkpoints/NAME")
-        precision = use_device(device, configuration.precision)
+        precision = use_device(device, "fp32" if queries else configuration.precision)
         self.model_sha256 = sha256(model)
         changes = {"device": device, "precision": precision, "test_only": True, "checkpoint": str(model)}
         try:
@@ -62,6 +64,7 @@ class Encoder:
         self.method, self.M, self.K = configuration.method, self._method.M, self._method.K
         self.F, self.image_size, self.device = self._method.backbone.dim, configuration.image_size, device
         self._normalized = BACKBONES[configuration.backbone].normalized
+        self._queries = queries
         self._rows = CPU_CHUNK if device == "cpu" else TEST_BATCH  # images at a time
         self.codewords = self._codewords()
 
@@ -78,7 +81,7 @@ class Encoder:
 
     def encode(self, pixels: np.ndarray) -> Encoded:
         """Images `[B, 3, S, S]` uint8 -> what the model makes of them. On a CPU an image's bits do not depend on what
-        it is encoded with; on a GPU without enough memory fewer are encoded at a time.
+        it is encoded with, unless they are queries; on a GPU without enough memory fewer are encoded at a time.
 
         Raises RunError if memory is short of one image, or an embedding is not finite.
         """
@@ -112,8 +115,11 @@ class Encoder:
         if n == 0:
             pixels = np.zeros((1, 3, S, S), dtype=np.uint8)
         images = transforms.from_bytes(torch.tensor(pixels, device=self.device).float(), self._normalized)
-        images = filled(images, self._rows)
-        features = method.backbone.suffix(prefix_features(method.backbone, images).float())
+        if self._queries:
+            features = method.backbone(images)
+        else:
+            images = filled(images, self._rows)
+            features = method.backbone.suffix(prefix_features(method.backbone, images).float())
         z = method.project(method.normalized(features))
         if not bool((z.abs() < 1e15).all()):
             raise NonFiniteError("the embeddings are not finite numbers: the model is of no use")

@@ -159,7 +159,8 @@ class Making:
         return load_encoder(self.folder / MODEL, self.hardware.device)
 
     def changes(self, writer: Writer) -> tuple[list[File], list[bytes]]:
-        """The files that are new or changed, in their order, and the paths of those that are gone, sorted."""
+        """The files that are new or changed, in their order, and the paths of those that are gone, sorted. What is in a
+        folder that cannot be listed for now is not gone."""
         if self.files is None:
             return [], []
         known, pending = writer.known(), []
@@ -168,7 +169,9 @@ class Making:
             if known.pop(path, None) != state:
                 pending.append(file)
         out = {os.fsencode(file.name) for file, reason in writer.skipped() if reason == REMOVED}
-        return pending, sorted(known.keys() - out)
+        missing = sorted(known.keys() - out)
+        unread = {place for place in set(map(folder_of, missing)) if not can_be_listed(self.base, place)}
+        return pending, [path for path in missing if folder_of(path) not in unread]
 
     def is_ready(self) -> bool:
         """Whether the index is finished, of the kind that is asked for, and what can be made anew is whole."""
@@ -254,6 +257,22 @@ def described(request: Request, encoder: "Encoder") -> dict[str, Any]:
 def absolute(path: Path) -> str:
     """The path from the root, links as they are."""
     return os.path.abspath(path)  # noqa: PTH100
+
+
+def can_be_listed(base: Path, place: bytes) -> bool:
+    """Whether it can be told what is in a folder below `base`, and in those around it; of one that is gone, it can:
+    nothing."""
+    try:
+        os.scandir(os.path.join(os.fsencode(base), place)).close()  # noqa: PTH118
+    except (FileNotFoundError, NotADirectoryError):
+        pass
+    except OSError:
+        return False
+    return not place or can_be_listed(base, folder_of(place))
+
+
+def folder_of(path: bytes) -> bytes:
+    return path.rpartition(b"/")[0]
 
 
 def photo_transform() -> str:

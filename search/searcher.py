@@ -54,7 +54,7 @@ class Searcher:
 
     def __init__(self, folder: Path, device: str = "cpu") -> None:
         self.store = Store.open(folder)
-        info, self.encoder = self.store.info, Encoder(folder / MODEL, device)
+        info, self.encoder = self.store.info, Encoder(folder / MODEL, device, queries=True)
         if info["transform"] != transforms.PHOTO_TRANSFORM:
             raise InputError(f"{folder} was made by another version, which decodes otherwise: index again")
         if info["model_sha256"] != self.encoder.model_sha256:

@@ -134,6 +134,23 @@ def test_features_are_the_backbones_and_codes_of_the_projection(run):
     assert np.abs(encoder.encode(pixels).features - features.numpy()).max() < 0.02
 
 
+def test_queries_are_encoded_in_float32_by_themselves(run):
+    folder, settings = run
+    encoder, pixels = Encoder(folder, queries=True), pixels_of(settings, 40)[:3]
+    changes = {"test_only": True, "checkpoint": str(folder / "model.cpt"), "precision": "fp32"}
+    method = engine.build_method(settings.replace(**changes)).eval()
+    images = transforms.from_bytes(torch.from_numpy(pixels).float(), encoder._normalized)
+    sizes = []
+    encoder._method.backbone.register_forward_pre_hook(lambda _, inputs: sizes.append(len(inputs[0])))
+    encoded = encoder.encode(pixels)
+    with torch.inference_mode():
+        features = method.backbone(images)
+        vectors = method.vectors(method.query(method.project(method.normalized(features)))).numpy()
+    assert sizes == [3]
+    assert np.abs(encoded.features - F.normalize(features, dim=1).numpy()).max() < 1e-5
+    assert np.abs(encoded.vectors - vectors).max() < 1e-4 * np.abs(vectors).max()
+
+
 def test_a_gpu_without_enough_memory_gets_fewer_images(finished, monkeypatch):
     encoder = Encoder(finished / "checkpoints" / "small")
     pixels = np.random.default_rng(0).integers(256, size=(40, 3, 16, 16), dtype=np.uint8)

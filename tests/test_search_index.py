@@ -130,6 +130,21 @@ def test_what_a_user_removed_stays_out_until_it_changes(place):
     assert "a/02.jpg" in found(place)
 
 
+def test_what_is_in_a_folder_that_cannot_be_listed_is_not_gone(place, monkeypatch):
+    index(place)
+    before, scandir = found(place), os.scandir
+    (place / "photos" / "a" / "00.jpg").unlink()
+
+    def failing(path):
+        if os.fsencode(path).endswith(b"/b"):
+            raise PermissionError(13, "Permission denied")
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", failing)
+    assert index(place, "--update") == []
+    assert found(place).keys() == before.keys() - {"a/00.jpg"}
+
+
 def test_a_list_names_files_as_it_writes_them(tmp_path):
     write_run(tmp_path / "run")
     write_files(tmp_path / "lists" / "near", {"1.jpg": b"1", "2.jpg": b"2"})

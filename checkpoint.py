@@ -19,6 +19,7 @@ from config import RESULTS, Config, differing
 from data import Splits
 from methods.backbones import Backbone
 from methods.base import Method
+from model_file import BackgroundWriter
 from results import Events, Files, Stopwatch, read_metrics
 from utils import LOG, InputError, NonFiniteError, Stopped, load_tensors, sha256, write_tensors
 
@@ -166,6 +167,7 @@ class Training:
     signals: Signals = field(default_factory=Signals)
     stopwatch: Stopwatch = field(default_factory=Stopwatch)
     check_lock: Callable[[], None] = lambda: None  # raises RunError if the run is no longer this process's
+    writer: BackgroundWriter = field(default_factory=BackgroundWriter)  # of the best model
     events: Events | None = None
     validated: bool = True  # whether MAP picks the checkpoint; else the last epoch's is kept
     epoch: int = 0
@@ -258,6 +260,7 @@ class Training:
         dear = self.saving > SHARE * (start - self.began) and not self.finished
         if self.file and not (if_cheap and dear):
             self.check_lock()
+            self.writer.wait()  # a state that names a better model must not be there before that model is
             if self.events:
                 self.events.flush()  # what is told of the steps so far must not be lost either
             write_tensors(self.state(), self.file.path)

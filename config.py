@@ -133,7 +133,7 @@ FLAGS: dict[str, tuple[Flag, ...]] = {
         Flag("start_lr", 1e-5, "result", "learning rate of the first step", not_negative),
         Flag("final_lr", 1e-5, "result", "learning rate at the end of the cosine", not_negative),
         Flag("detect_anomaly", None, "speed", "let PyTorch look for non-finite numbers in every backward pass, which "
-             "slows it and changes no result", recipe=(False, True)),
+             "slows it and changes no result; on a GPU off in both recipes", recipe=(False, True)),
     ),
     "test (Eq. 18)": (
         Flag("topK", None, "result", "K of MAP@K and P@K; without it: the whole database", at_least(1), type=int),
@@ -280,6 +280,8 @@ def resolve(values: Mapping[str, Any]) -> Config:
     method, backbone = METHODS[values["method"]], BACKBONES[values["backbone"]]
     if values["image_size"] is None:
         values["image_size"] = 224 if backbone.pretrained else 32
+    if values["detect_anomaly"] is None and values["device"] != "cpu":
+        values["detect_anomaly"] = False  # it would read from the GPU after every backward function
     for name, value in recipe_defaults(values["recipe"], values["method"]).items():
         values[name] = value if values[name] is None else values[name]
     _resolve_weights(values)

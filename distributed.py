@@ -31,7 +31,8 @@ def check_device(device: str) -> None:
 
 
 def use_device(device: str, precision: str) -> str:
-    """Make a device the current one. Returns the precision to run in: "fp32" if a GPU has no bfloat16.
+    """Make a device the current one. Returns the precision to run in: "fp32" if a GPU has no bfloat16. With "fp32",
+    convolutions on a GPU do not round to TF32 either.
 
     Raises InputError if the device is not there.
     """
@@ -39,7 +40,20 @@ def use_device(device: str, precision: str) -> str:
     if device == "cpu":
         return precision
     torch.cuda.set_device(device)
+    torch.backends.cudnn.allow_tf32 = precision != "fp32"
     return precision if torch.cuda.is_bf16_supported(False) else "fp32"
+
+
+def sent(tensor: Tensor, device: str) -> Tensor:
+    """A tensor on a device; from the host to a GPU it goes from pinned memory, without the host waiting."""
+    if device == "cpu" or tensor.is_cuda:
+        return tensor
+    return tensor.pin_memory().to(device, non_blocking=True)
+
+
+def fits(size: int, device: str) -> bool:
+    """Whether `size` bytes are to be kept on a device throughout: at most a quarter of what a GPU has free."""
+    return device != "cpu" and size <= torch.cuda.mem_get_info(device)[0] // 4
 
 
 def device_name(device: str) -> str:

@@ -22,6 +22,7 @@ from loaders import Preprocessing, TwoViews, ViewOptions
 from methods import BACKBONES, METHODS
 from methods.backbones import Backbone, PassThrough, build_backbone, read_state_dict
 from methods.base import Method
+from model_file import save_model
 from optimizer import build_optimizer, build_scheduler
 from readers import ImageFiles, Images
 from results import (
@@ -31,7 +32,6 @@ from results import (
     Stopwatch,
     git_commit,
     report,
-    save_model,
     take_place,
 )
 from utils import (
@@ -95,7 +95,7 @@ def build_method(config: Config) -> Method:
         method.load_checkpoint(Path(config.checkpoint))
     method = method.to(config.device)
     if config.compile and backbone.split:
-        backbone.compile_frozen(config.image_size, config.device)
+        backbone.compile_frozen(config.image_size, config.device, (2 * config.batch_size, loaders.TEST_BATCH))
     return method
 
 
@@ -200,7 +200,7 @@ def train(training: Training, loader: TwoViews, validate: Callable[[], float] | 
     Raises RunError on a non-finite loss, naming epoch, step and the last good checkpoint, and Stopped on a signal.
     """
     signals = training.signals
-    with naming_checkpoint(model_path, training), signals.deferred():
+    with naming_checkpoint(model_path, training), signals.deferred(), training.writer:
         while not training.finished:
             loader.set_epoch(training.epoch, training.step)
             with training.stopwatch.measure("train"), torch.autograd.set_detect_anomaly(training.loop.detect_anomaly):
@@ -212,11 +212,20 @@ def train(training: Training, loader: TwoViews, validate: Callable[[], float] | 
             end_epoch(training, means, validate)
             if training.best_is_now:
                 training.check_lock()
-                save_model(training.method, model_path)
-                training.saved_best = training.patience.best
+                save_best(training, model_path)
             if signals.waiting:
                 training.save()
                 signals.check()
+
+
+def save_best(training: Training, path: Path) -> None:
+    """Write the model as it stands; while a GPU trains on."""
+    written = partial(setattr, training, "saved_best", training.patience.best)
+    if training.device.type == "cpu":
+        save_model(training.method, path)
+        written()
+    else:
+        training.writer.save(training.method, path, written)
 
 
 def end_epoch(training: Training, means: dict[str, float], validate: Callable[[], float] | None) -> None:

@@ -22,7 +22,7 @@ from torch import Tensor
 import loaders
 import transforms
 from decoding import opencv
-from distributed import CPU_CHUNK, processor_name
+from distributed import CPU_CHUNK, fits, processor_name, sent
 from loaders import TEST_BATCH, Preprocessing
 from methods.backbones import Backbone
 from readers import ImageFiles, Images
@@ -64,18 +64,23 @@ class Computed:
 
 
 class Cached:
-    """The same, read from some rows of an array on disk."""
+    """The same, read from some rows of an array on disk; a GPU keeps them if they fit."""
 
     def __init__(self, array: np.ndarray, rows: np.ndarray, device: str) -> None:
         self.array, self.rows, self.device = array, rows, device
+        self.kept: list[Tensor] = []
 
     def __len__(self) -> int:
         return -(-len(self.rows) // TEST_BATCH)
 
     def __iter__(self) -> Iterator[Tensor]:
+        if not self.kept and fits(len(self.rows) * self.array[:1].nbytes, self.device):
+            self.kept = list(self._read())
+        return iter(self.kept) if self.kept else self._read()
+
+    def _read(self) -> Iterator[Tensor]:
         for start in range(0, len(self.rows), TEST_BATCH):
-            batch = self.array[self.rows[start : start + TEST_BATCH]]
-            yield torch.from_numpy(batch).to(self.device, non_blocking=True)
+            yield sent(torch.from_numpy(self.array[self.rows[start : start + TEST_BATCH]]), self.device)
 
 
 Features = Computed | Cached

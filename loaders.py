@@ -7,14 +7,14 @@ from functools import partial
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler
+from torch.utils.data import DataLoader, Dataset, Sampler
 from torchvision import transforms as T
 from torchvision.transforms.v2.functional import resize
 
 import spq_views
 import transforms
 from data import Splits
-from distributed import by_chunks
+from distributed import by_chunks, fits, sent
 from readers import ImageFiles, Images
 from utils import InputError, leave_signals, sample_seed, worker_count
 from vectors import VectorPairs, Vectors
@@ -69,12 +69,16 @@ class ShuffledBatches(Sampler[list[tuple[int, int]]]):
     def __len__(self) -> int:
         return self.n // self.batch_size if self.drop_last else -(-self.n // self.batch_size)
 
-    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+    def rows(self) -> Iterator[Tensor]:
+        """The images alone, `[B]` per batch."""
         generator = torch.Generator().manual_seed(sample_seed(self.seed, self.epoch))
-        order = torch.randperm(self.n, generator=generator).tolist()
+        order = torch.randperm(self.n, generator=generator)
         for step in range(self.first, len(self)):
-            batch = order[step * self.batch_size : (step + 1) * self.batch_size]
-            yield [(index, sample_seed(self.seed, self.epoch, index)) for index in batch]
+            yield order[step * self.batch_size : (step + 1) * self.batch_size]
+
+    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+        for rows in self.rows():
+            yield [(index, sample_seed(self.seed, self.epoch, index)) for index in rows.tolist()]
 
 
 class SeededViews(Dataset):
@@ -111,32 +115,41 @@ def photo_views(images: ImageFiles, mirrored: bool, image_size: int, index: int,
     return torch.stack(crops), drawn
 
 
-class SmallViews(IterableDataset):
+def pixels_there(images: Images, device: str) -> Callable[[Tensor], Tensor]:
+    """rows `[B]` -> pixels `[B, H, W, 3]` uint8 of these images on a device. A GPU keeps those of all images if they
+    fit."""
+    pixels = torch.from_numpy(images.pixels)
+    if fits(pixels.nbytes, device):
+        there = sent(pixels, device)
+        return lambda rows: there[rows.to(device, non_blocking=True)]
+    return lambda rows: sent(pixels[rows], device)
+
+
+class SmallViews:
     """Batches of what `transforms.augment_small` makes two views of: `[2N, H, W, 3]` uint8 and the views' numbers
     `[2N, 15]`, drawn for a whole epoch at once: image by image that takes as long as all the rest."""
 
-    def __init__(self, images: Images, mirrored: bool, batches: ShuffledBatches) -> None:
-        self.images, self.mirrored, self.batches = images, mirrored, batches
+    def __init__(self, images: Images, mirrored: bool, batches: ShuffledBatches, device: str) -> None:
+        self.shape, self.mirrored, self.batches = images.pixels.shape, mirrored, batches
+        self.pixels = pixels_there(images, device)
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
-        n, height, width, _ = self.images.pixels.shape
+        n, height, width, _ = self.shape
         generator = torch.Generator().manual_seed(sample_seed(self.batches.seed, self.batches.epoch, n))
         sizes = torch.tensor([[height], [width]]).expand(2, 2 * n)
         drawn = transforms.draw_views(*sizes, self.mirrored, generator).view(2, n, -1)
-        for batch in self.batches:
-            rows = [index for index, _ in batch]
-            yield torch.from_numpy(self.images.pixels[rows]).repeat(2, 1, 1, 1), drawn[:, rows].flatten(0, 1)
+        for rows in self.batches.rows():
+            yield self.pixels(rows).repeat(2, 1, 1, 1), drawn[:, rows].flatten(0, 1)
 
 
-class PixelsInMemory(Dataset):
-    """Batches of (image, seed) -> the images' indices and pixels `[N, H, W, 3]` uint8, all at once."""
+class PixelsInMemory:
+    """Batches of indices and pixels `[N, H, W, 3]` uint8 of small images, the latter on the device."""
 
-    def __init__(self, images: Images) -> None:
-        self.images = images
+    def __init__(self, images: Images, batches: ShuffledBatches, device: str) -> None:
+        self.batches, self.pixels = batches, pixels_there(images, device)
 
-    def __getitems__(self, keys: list[tuple[int, int]]) -> tuple[Tensor, Tensor]:
-        rows = torch.tensor([index for index, _ in keys])
-        return rows, torch.from_numpy(self.images.pixels[rows])
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        return ((rows, self.pixels(rows)) for rows in self.batches.rows())
 
 
 def whole_photo(images: ImageFiles, image_size: int, index: int, _: int) -> tuple[int, Tensor]:
@@ -156,7 +169,7 @@ class DrawnBatches:
         size: height and width of all images.
     """
 
-    def __init__(self, loader: DataLoader, batches: ShuffledBatches, size: tuple[int, int], mirrored: bool) -> None:
+    def __init__(self, loader: Iterable, batches: ShuffledBatches, size: tuple[int, int], mirrored: bool) -> None:
         self.loader, self.batches, self.size, self.mirrored = loader, batches, size, mirrored
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
@@ -189,7 +202,7 @@ class TwoViews:
 
     def __iter__(self) -> Iterator[Tensor]:
         for images, *drawn in self.loader:
-            yield self.augment(images.to(self.device, non_blocking=True), *drawn)
+            yield self.augment(sent(images, self.device), *drawn)
 
 
 def train_loader(splits: Splits, options: ViewOptions, device: str, num_workers: int) -> TwoViews:
@@ -207,10 +220,9 @@ def train_loader(splits: Splits, options: ViewOptions, device: str, num_workers:
     if options.augmentation != "MeCoQ":
         return spq_loader(splits, options, batches, device, num_workers)
     if options.kind == "batched" and not images.on_disk:
-        small = SmallViews(images, splits.mirrored, batches)
-        loader = DataLoader(small, batch_size=None, **_loader_options(device, 0))
+        small = SmallViews(images, splits.mirrored, batches, device)
         augment = partial(transforms.augment_small, image_size=S, normalized=normalized)
-        return TwoViews(loader, batches, augment, device)
+        return TwoViews(small, batches, augment, device)
     if options.kind == "batched":
         draw = partial(photo_views, images, splits.mirrored, S)
         augment = partial(by_chunks, partial(transforms.augment_crops, normalized=normalized))
@@ -231,8 +243,7 @@ def spq_loader(
         read, size = SeededViews(partial(whole_photo, images, S)), (S, S)
         loader = DataLoader(read, batch_sampler=batches, **_loader_options(device, num_workers))
     else:
-        read, size = PixelsInMemory(images), images.pixels.shape[1:3]
-        loader = DataLoader(read, batch_sampler=batches, collate_fn=tuple, **_loader_options(device, 0))
+        loader, size = PixelsInMemory(images, batches, device), images.pixels.shape[1:3]
     augment = partial(spq_views.two_views, image_size=S, variant=options.augmentation, normalized=options.normalized)
     return TwoViews(DrawnBatches(loader, batches, size, splits.mirrored), batches, augment, device)
 
@@ -271,7 +282,7 @@ def test_batches(images: Images | ImageFiles | Vectors, preprocessing: Preproces
     options = _loader_options(device, preprocessing.num_workers)
     if isinstance(images, Vectors):
         for start in range(0, len(images), TEST_BATCH):
-            yield torch.from_numpy(images.read(slice(start, start + TEST_BATCH))).to(device)
+            yield sent(torch.from_numpy(images.read(slice(start, start + TEST_BATCH))), device)
     elif images.on_disk and images.upright:
         photos = UprightPhotos(images, partial(transforms.photo_pixels, image_size=S))
         for batch in DataLoader(photos, batch_size=TEST_BATCH, **options):
@@ -282,7 +293,7 @@ def test_batches(images: Images | ImageFiles | Vectors, preprocessing: Preproces
             yield batch.to(device, non_blocking=True)
     else:
         for start in range(0, len(images), TEST_BATCH):
-            pixels = torch.from_numpy(images.pixels[start : start + TEST_BATCH]).to(device)
+            pixels = sent(torch.from_numpy(images.pixels[start : start + TEST_BATCH]), device)
             yield by_chunks(partial(transforms.enlarge, image_size=S, normalized=normalized), pixels)
 
 

@@ -20,12 +20,12 @@ import torch
 import torchvision
 from tensorboard.backend.event_processing.event_file_loader import LegacyEventFileLoader  # keeps values as they are
 from tensorboard.summary.writer.event_file_writer import EventFileWriter, _AsyncWriterThread
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 
 from readers import read_array
 from retrieval import Metrics
-from utils import LOG, InputError, atomic_write, one_line, sha256, write_json, write_tensors
+from utils import LOG, InputError, atomic_write, one_line, sha256, write_json
 
 RUN_FILES = (
     "config.json", "last.cpt", "model.cpt", "db_codes.npy", "db_targets.npy", "PR_curve.txt", "P_at_topK_curve.txt",
@@ -97,11 +97,6 @@ class Files:
 
 
 # ---------------------------------------------------------------- writing
-
-
-def save_model(model: nn.Module, path: Path) -> None:
-    """The state dict, on the CPU: readable without a GPU."""
-    write_tensors({name: tensor.cpu() for name, tensor in model.state_dict().items()}, path)
 
 
 def save_results(metrics: Metrics | None, db_codes: Tensor, db_labels: np.ndarray, folder: Path) -> None:

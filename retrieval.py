@@ -161,21 +161,21 @@ def evaluate(
     """
     Q, n = len(queries), len(db_codes)
     topK = min(topK or n, n)
-    ap_sum, expected_sum = 0.0, 0.0
+    maps = torch.zeros(2, dtype=torch.float64, device=db_codes.device)  # sums of AP, both kinds
     sums = torch.zeros(2, n, dtype=torch.float64, device=db_codes.device)  # by rank: 1 / all relevant, and 1, of a hit
     score = partial(_table_scores, tables, db_codes)
     for scores, relevant in _scored(score, queries, labels, tables(queries[:1]).numel()):
         whole = ranking(scores, relevant, n)
         first, ranked = whole.first(topK), whole.relevant.double()
         hits, precision = precision_at_hits(ranked[:, :topK])
-        ap_sum += float(_average(hits, precision).sum())
-        expected_sum += float(expected_average_precision(first, hits, precision).sum())
+        maps += torch.stack([_average(hits, precision).sum(), expected_average_precision(first, hits, precision).sum()])
         share = 1 / ranked.sum(dim=1).clamp(min=1)
         sums += torch.stack([share, torch.ones_like(share)]) @ ranked
         on_chunk(len(ranked))
     recall, hits = sums.cumsum(dim=1).cpu() / Q
     ranks = torch.arange(1, n + 1, dtype=torch.float64)
     pr = torch.stack([recall, hits / ranks])
+    ap_sum, expected_sum = maps.tolist()
     return Metrics(ap_sum / Q, expected_sum / Q, pr, torch.stack([ranks[:topK], pr[1, :topK]]))
 
 

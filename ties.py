@@ -49,23 +49,38 @@ def expected_average_precision(ranking: Ranking, hits: Tensor, precision: Tensor
     """
     K = hits.shape[1]
     tied = F.pad(ranking.scores[:, 1:] == ranking.scores[:, :-1], (1, 1))  # [Q, K + 1]: each image with the one before
-    row, place = (tied[:, 1:] != tied[:, :-1]).nonzero(as_tuple=True)  # the first and last of each group in turns
-    row, first, last = row[::2], place[::2], place[1::2]
-    before = hits[row, first] - ranking.relevant[row, first].double()
-    sums = precision.masked_fill(tied[:, 1:] | tied[:, :-1], 0)
-    sums[row, first] = group_sum(first, before, last - first + 1, hits[row, last] - before, K)
+    edges = tied[:, 1:] != tied[:, :-1]  # the first and last of each group in turns
+    # the last group, of one image or more, may go on behind the K-th
+    start = torch.arange(K, device=hits.device).masked_fill(tied[:, :K], 0).amax(dim=1, keepdim=True)
+    before = (hits.gather(1, start) - ranking.relevant.gather(1, start).double())[:, 0]
+    start = start[:, 0]
+    group = torch.stack([K - start, hits[:, -1] - before]) + ranking.beyond
+    least, most = _possible(*group, K - start)
+    cut = ranking.beyond[0] > 0
+    # all that the host must know of the device's numbers, in one word
+    edge_count, cut_count, width = torch.stack([edges.sum(), cut.sum(), ((most - least) * cut).max()]).long().tolist()
 
-    cut = ranking.beyond[0].nonzero()[:, 0]  # queries whose last group goes on behind the K-th
-    start = torch.full_like(ranking.beyond[0], K - 1)
-    start[row[last == K - 1]] = first[last == K - 1]
+    places = _places(edges.flatten(), edge_count)
+    row, first, last = places[::2] // K, places[::2] % K, places[1::2] % K
+    hits_before = hits[row, first] - ranking.relevant[row, first].double()
+    sums = precision.masked_fill(tied[:, 1:] | tied[:, :-1], 0)
+    sums[row, first] = group_sum(first, hits_before, last - first + 1, hits[row, last] - hits_before, K)
+
+    cut = _places(cut, cut_count)
     start = start[cut]
     sums[cut, start] = 0
     total = sums.sum(dim=1)
     expected = total / hits[:, -1].clamp(min=1)
-    before = hits[cut, start] - ranking.relevant[cut, start].double()
-    group = torch.stack([K - start, hits[cut, -1] - before]) + ranking.beyond[:, cut]
-    expected[cut] = _cut_group(total[cut], start, before, group, K)
+    expected[cut] = _cut_group(total[cut], start, before[cut], group[:, cut], K, width + 1)
     return expected
+
+
+def _places(flags: Tensor, count: int) -> Tensor:
+    """The places of the `count` flags `[n]` that are set, in their order. A GPU's `nonzero` would let the host wait for
+    the number that it knows."""
+    if not flags.is_cuda:
+        return flags.nonzero()[:, 0]
+    return flags.to(torch.uint8).sort(stable=True, descending=True).indices[:count]
 
 
 def group_sum(N: Tensor, R: Tensor, k: Tensor, h: Tensor, K: int) -> Tensor:
@@ -82,27 +97,33 @@ def group_sum(N: Tensor, R: Tensor, k: Tensor, h: Tensor, K: int) -> Tensor:
     return h / k * ((R + 1) * A + (h - 1) / (k - 1).clamp(min=1) * B)
 
 
-def _cut_group(total: Tensor, N: Tensor, R: Tensor, group: Tensor, K: int) -> Tensor:
+def _cut_group(total: Tensor, N: Tensor, R: Tensor, group: Tensor, K: int, width: int) -> Tensor:
     """Expected AP@K `[C]` if ranks N + 1 ... K hold some of the n images, r of them relevant, of a `group` `[2, C]`.
 
     Args:
         total: expected sum of the precision at the R hits of the first N ranks.
+        width: see `hypergeometric`.
     """
     n, r = group[:, :, None]
     total, N, R = total[:, None], N[:, None], R[:, None]
     k = K - N
-    h, probability = hypergeometric(n, r, k)
+    h, probability = hypergeometric(n, r, k, width)
     return (probability * (total + group_sum(N, R, k, h, K)) / (R + h).clamp(min=1)).sum(dim=1)
 
 
-def hypergeometric(n: Tensor, r: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
+def _possible(n: Tensor, r: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
+    """The least and the most relevant images that k of n can hold if r of the n are relevant."""
+    return (k + r - n).clamp(min=0), torch.minimum(k, r)
+
+
+def hypergeometric(n: Tensor, r: Tensor, k: Tensor, width: int) -> tuple[Tensor, Tensor]:
     """How many relevant images k of n can hold if r of the n are relevant, and the probability of each number:
-    `[C, 1]` each -> `[C, H]` float64 both, of probability 0 where fewer than H are possible.
+    `[C, 1]` each -> `[C, width]` float64 both, of probability 0 where fewer are possible. The width is the largest
+    count of possible numbers.
 
     By the ratio of each probability to the one before, which rounds less than factorials do.
     """
-    least, most = (k + r - n).clamp(min=0), torch.minimum(k, r)
-    width = int((most - least).max()) + 1 if len(n) else 1
+    least, _ = _possible(n, r, k)
     h = least + torch.arange(width, dtype=torch.float64, device=n.device)
     ratio = (r - h).clamp(min=0) * (k - h).clamp(min=0) / ((h + 1) * (n - r - k + h + 1))  # of h + 1 to h
     log = F.pad(ratio.log().cumsum(dim=1)[:, :-1], (1, 0))

@@ -73,11 +73,12 @@ def run_script(script: Callable[[], int | None]) -> int:
         if sys.stdout:
             sys.stdout.flush()
         return code
-    except (InputError, RunError, OSError) as error:  # OSError: a file failed under a sound run
+    except (InputError, RunError, OSError, ModuleNotFoundError) as error:  # OSError: a file failed under a sound run
         if _output_is_closed() and isinstance(error, BrokenPipeError):
             return 128 + signal.SIGPIPE
-        _say(f"error: {one_line(error)}")
-        return 2 if isinstance(error, InputError) else 1
+        missing = isinstance(error, ModuleNotFoundError)
+        _say(f"error: {one_line(error)}{': pip install -r requirements.txt' * missing}")
+        return 2 if missing or isinstance(error, InputError) else 1
     except Stopped as error:
         _say(str(error))
         return 128 + error.number
@@ -122,7 +123,8 @@ def one_line(error: BaseException) -> str:
 
 
 # PyTorch's words on a GPU, on a CPU, and when the shared memory of its workers is full
-OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "bus error", "Bus error", "killed by signal: Killed")
+OUT_OF_MEMORY = ("out of memory", "ALLOC_FAILED", "ALLOCATION_FAILED", "CUBLAS_STATUS_NOT_INITIALIZED",
+                 "can't allocate memory", "bus error", "Bus error", "killed by signal: Killed")  # fmt: skip
 
 
 @contextmanager

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 import config
 from config import Config
 from decoding import opencv
-from distributed import processor_name
+from distributed import processor_name, sent
 from loaders import TwoViews
 from methods.backbones import Backbone
 from readers import read_array
@@ -170,4 +170,4 @@ class CachedViews:
         features = read_array(self.cache.path(self.epoch), mmap_mode="r")  # [2, n, F]
         for start in range(self.first_step * self.batch_size, self.n, self.batch_size):
             batch = np.array(features[:, start : start + self.batch_size])
-            yield torch.from_numpy(batch).to(self.device).flatten(0, 1)
+            yield sent(torch.from_numpy(batch), self.device).flatten(0, 1)

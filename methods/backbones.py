@@ -49,11 +49,16 @@ class Backbone(nn.Module):
                 module.training = mode and isinstance(module, nn.modules.dropout._DropoutNd)
         return self
 
-    def compile_frozen(self, image_size: int, device: str) -> None:
-        """Let PyTorch compile the frozen blocks (`--compile`). Raises InputError if it cannot."""
+    def compile_frozen(self, image_size: int, device: str, sizes: Sequence[int]) -> None:
+        """Let PyTorch compile the frozen blocks (`--compile`). Raises InputError if it cannot.
+
+        Args:
+            sizes: of the batches that it is to be ready for on a GPU; on a CPU all have `CPU_CHUNK` rows.
+        """
         self.compiled = torch.compile(self._through)
         try:
-            self.prefix(torch.zeros(CPU_CHUNK, 3, image_size, image_size, device=device))
+            for rows in (CPU_CHUNK,) if device == "cpu" else sizes:
+                self.prefix(torch.zeros(rows, 3, image_size, image_size, device=device))
         except Exception as error:  # whatever the compiler met
             raise InputError(
                 f"--compile: PyTorch cannot compile the backbone here ({one_line(error)[:200]}): it needs a C++ "

@@ -49,6 +49,7 @@ class Encoder:
     """
 
     def __init__(self, folder: Path, device: str = "cpu", queries: bool = False) -> None:
+        device = "cuda:0" if device == "cuda" else device  # torch.cuda.set_device wants a number
         model = folder / "model.cpt"
         configuration = read_config(folder)
         if not model.is_file():

@@ -152,7 +152,7 @@ def test_compiled_features_are_the_same_but_for_rounding():
     backbone = build_backbone("squeezenet1_0", "random", 1, bf16=False)
     x = torch.rand(40, 3, 48, 48)
     expected = backbone(x)
-    backbone.compile_frozen(48, "cpu")
+    backbone.compile_frozen(48, "cpu", ())
     torch.testing.assert_close(backbone(x), expected, atol=1e-4, rtol=1e-3)
 
 
@@ -165,7 +165,7 @@ def test_what_cannot_be_compiled_is_said_in_one_line(monkeypatch):
 
     monkeypatch.setattr(torch, "compile", compile_nothing)
     with pytest.raises(InputError, match=r"--compile: PyTorch cannot .*no compiler found"):
-        build_backbone("squeezenet1_0", "random", 1, bf16=False).compile_frozen(32, "cpu")
+        build_backbone("squeezenet1_0", "random", 1, bf16=False).compile_frozen(32, "cpu", ())
 
 
 # ---------------------------------------------------------------- in a run

@@ -22,7 +22,7 @@ ORDER = [
     {"methods.base"},
     {"methods.mecoq", "methods.spq", "methods.cibhash"},
     {"config"},
-    {"quantizers", "results", "feature_cache", "optimizer"},
+    {"quantizers", "results", "feature_cache", "model_file", "optimizer"},
     {"checkpoint", "evaluation"},
     {"engine"},
     {"search"},

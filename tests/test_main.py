@@ -36,6 +36,9 @@ def test_a_log_that_cannot_be_written(capsys, tmp_path):
         (OSError(28, "No space left on device"), "No space left"),
         (torch.OutOfMemoryError("CUDA out of memory.\nTried to allocate"), "out of memory"),
         (MemoryError(), "out of memory"),
+        (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"), "out of memory"),
+        (RuntimeError("cuDNN error: CUDNN_STATUS_ALLOC_FAILED"), "out of memory"),
+        (RuntimeError("cuDNN error: CUDNN_STATUS_INTERNAL_ERROR_DEVICE_ALLOCATION_FAILED"), "out of memory"),
     ],
 )
 def test_failures_under_the_run_end_in_one_line_there_and_in_the_log(error, words, capsys, tmp_path, monkeypatch):

@@ -25,7 +25,7 @@ from methods.cibhash import Objective as HashObjective
 from methods.mecoq import Codebooks, MeCoQ, Objective, Search
 from methods.spq import SPQ, SoftQuantizer
 from methods.spq import Objective as CrossObjective
-from results import save_model
+from model_file import save_model
 from search import ann, export
 from search.encoder import Encoder
 from search.store import Store, printable

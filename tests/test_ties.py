@@ -174,7 +174,9 @@ def test_sums_of_precision_are_exact_far_down_a_ranking(N, k, R, data):
 def test_numbers_of_hits_are_hypergeometric(n, data):
     """All that are possible are there, however improbable."""
     k, r = data.draw(st.integers(1, n - 1)), data.draw(st.integers(0, n))
-    h, probability = (x[0].numpy() for x in ties.hypergeometric(*(torch.tensor([[value]]) for value in (n, r, k))))
+    width = min(k, r) - max(k + r - n, 0) + 1
+    numbers = (torch.tensor([[value]]) for value in (n, r, k))
+    h, probability = (x[0].numpy() for x in ties.hypergeometric(*numbers, width))
     assert h.tolist() == list(range(max(0, k + r - n), min(k, r) + 1))
     assert probability.sum() == pytest.approx(1, abs=1e-12)
     np.testing.assert_allclose(probability, hypergeom.pmf(h, n, r, k), rtol=1e-8, atol=1e-280)

@@ -1,5 +1,6 @@
 """Errors, logs, seeds, and files that are written and read whole or not at all."""
 
+import importlib
 import io
 import logging
 import zipfile
@@ -136,3 +137,10 @@ def test_sample_seed_is_a_valid_seed_and_tells_neighbours_apart(parts):
 
 def test_a_registry_row_names_a_function():
     assert load_object("utils:sample_seed") is sample_seed
+
+
+def test_a_library_that_is_not_installed_is_named_in_one_line(capsys):
+    assert utils.run_script(lambda: importlib.import_module("kornia_that_is_not_there")) == 2
+    assert capsys.readouterr().err == (
+        "error: No module named 'kornia_that_is_not_there': pip install -r requirements.txt\n"
+    )

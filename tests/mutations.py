@@ -411,7 +411,7 @@ MUTATIONS: dict[str, tuple[Mutation, ...]] = {
         M("search/writing.py", "        self.check_lock()\n        number", "        number", "search_index",
           "folder_that"),
         M("search/writing.py", 'BEGIN IMMEDIATE', 'COMMIT; BEGIN IMMEDIATE', "search_index", "killed_again"),
-        M("search/making.py", "if known.pop(path, None) != state:", "if known.pop(path, None) is None:",
+        M("search/making.py", "known.pop(path, None) != state or", "known.pop(path, None) is None or",
           "search_index", "new_or_changed"),
         M("search/making.py", "sorted(known.keys() - out)", "sorted(known.keys())", "search_index", "user_removed"),
         M("search/encoding.py", "not self._vanished(file)", "True", "search_index", "goes_away or go_away"),

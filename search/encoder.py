@@ -140,14 +140,14 @@ def read_config(folder: Path) -> Config:
         raise InputError(f"{path}: {error}") from error
     except (OSError, ValueError, RecursionError, KeyError, TypeError, AttributeError) as error:
         raise InputError(f"{path} is damaged, or not the configuration of a run") from error
-    if values["dataset"] == "Embeddings":
-        raise InputError(f"{path}: the run is on --dataset Embeddings: it has no images, and cannot encode any")
     return Config(values)
 
 
 def _known(stored: dict) -> dict:
     """The values of all flags; those that an older version did not have are at their default. Raises InputError if
     this version lacks one, or a choice."""
+    if stored["dataset"] == "Embeddings":
+        raise InputError("the run is on --dataset Embeddings: it has no images, and cannot encode any")
     method = stored["method"]
     if method not in METHODS:
         raise InputError(f"--method {method}: this version has {', '.join(METHODS)}")

@@ -12,6 +12,8 @@ from search.encoder import Encoder
 from search.store import MODEL, SEARCH, Store
 from utils import InputError
 
+EQUALS = 100  # more images that are asked for: of equal scores, those with the lowest ids are then found
+
 
 @dataclass(frozen=True)
 class Options:
@@ -46,8 +48,8 @@ class Hit:
 class Searcher:
     """An index, opened for searching; threads may share it.
 
-    Images that are reranked come by falling cosine, others by falling score; equals by their ids. Of images that score
-    alike, those that are just left out are any of them.
+    Images that are reranked come by falling cosine, others by falling score; equals by their ids. If more than `EQUALS`
+    images score like the last one by codes, any of them may be left out.
 
     Raises InputError if the index is damaged or not finished, or of another version.
     """
@@ -117,11 +119,11 @@ class Searcher:
     def _by_codes(self, vector: np.ndarray, k: int, options: Options) -> tuple[np.ndarray, np.ndarray]:
         """Scores and positions of the at most k best images."""
         if options.under is None:
-            scores, positions = ann.search(self._index, vector[None], k, options.nprobe)
+            scores, positions = ann.search(self._index, vector[None], k + EQUALS, options.nprobe)
         else:
             below = self.store.under(options.under)
             if len(below) == 0:
                 raise InputError(f"there is no image below {options.under}")
             scores, positions = ann.search_subset(self.encoder.codewords, self.codes, below, vector[None], k)
         found = positions[0] >= 0
-        return scores[0][found], positions[0][found]
+        return scores[0][found][:k], positions[0][found][:k]

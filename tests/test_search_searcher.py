@@ -182,3 +182,15 @@ def test_hits_hold_plain_values(searcher, query):
     assert [type(value) for value in vars(hit).values()] == [int, str, float, float, int, int]
     assert isinstance(hit, Hit)
     assert Path(hit.name).suffix == ".jpg"
+
+
+def test_of_equal_scores_the_lowest_ids_are_found(searcher):
+    """A vector of one segment: many images share that codeword, and all others score alike."""
+    M, _, d = searcher.encoder.codewords.shape
+    few = replace(CODES, k=7)
+    for image in range(len(searcher.codes)):
+        vector = np.zeros((M, d), np.float32)
+        vector[0] = np.sign(searcher.encoder.codewords[0, searcher.codes[image, 0]])
+        hits = [(hit.id, hit.score) for hit in searcher.search(vector.ravel(), None, CODES)]
+        check_order(hits)
+        assert [hit.id for hit in searcher.search(vector.ravel(), None, few)] == [found for found, _ in hits[:7]]

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import SMALL, before_step, config_of, features_of, method_of, small_run, splits_of
+from helpers import HOSTILE, SMALL, before_step, config_of, features_of, method_of, small_run, splits_of
 
 import data
 import engine
@@ -123,7 +123,7 @@ def test_non_finite_loss_stops_the_run_and_names_the_last_good_checkpoint(tmp_pa
     assert all(v.isfinite().all() for v in state.values())
 
 
-@pytest.mark.parametrize("workers", ["0", "2"])
+@pytest.mark.parametrize("workers", ["0", *["2"] * HOSTILE])  # its workers take 20 seconds to end
 def test_an_image_that_turns_unreadable_ends_the_run_in_one_line(workers, photo_root, tmp_path, monkeypatch, capsys):
     shutil.copytree(photo_root, tmp_path, dirs_exist_ok=True)
     monkeypatch.setattr(data.ImageFiles, "faults", lambda *a: {})  # it was sound when the run began

@@ -219,8 +219,7 @@ def main(argv: list[str] | None = None) -> None:
 
     sweep.check(own, trials[0].config.device)
     frame = run(trials, own)
-    tables.write_csv(own.results / "embeddings.csv", frame)
-    tables.write_markdown(own.results / "embeddings.md", tables.sections(frame, table))
+    tables.write(own.results, "embeddings", frame, table)
 
 
 if __name__ == "__main__":

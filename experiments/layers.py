@@ -40,8 +40,7 @@ def main(argv: list[str] | None = None) -> None:
     from experiments import sweep
 
     frame = sweep.run_trials(trials, own)
-    tables.write_csv(own.results / "layers.csv", frame)
-    tables.write_markdown(own.results / "layers.md", tables.sections(frame, tables.drops))
+    tables.write(own.results, "layers", frame, tables.drops)
 
 
 if __name__ == "__main__":

@@ -41,8 +41,7 @@ def main(argv: list[str] | None = None) -> None:
     from experiments import sweep
 
     frame = sweep.run_trials(trials, own)
-    tables.write_csv(own.results / "normalized.csv", frame)
-    tables.write_markdown(own.results / "normalized.md", tables.sections(frame, table))
+    tables.write(own.results, "normalized", frame, table)
 
 
 if __name__ == "__main__":

@@ -86,8 +86,7 @@ def main(argv: list[str] | None = None) -> None:
 
     frame = sweep.run_trials(trials, own)
     name = "measure_recipes" + ("" if values["method"] == "MeCoQ" else f"_{values['method']}")
-    tables.write_csv(own.results / f"{name}.csv", frame)
-    tables.write_markdown(own.results / f"{name}.md", tables.sections(frame, tables.drops))
+    tables.write(own.results, name, frame, tables.drops)
 
 
 if __name__ == "__main__":

@@ -164,8 +164,7 @@ def main(argv: list[str] | None = None) -> None:
         published.map_of("paper_table1_map", theirs.get(method, ""), dataset, bits)
         for method, dataset, bits in frame[["method", "dataset", "bits"]].to_numpy()
     ]
-    tables.write_csv(own.results / "table1.csv", frame)
-    tables.write_markdown(own.results / "table1.md", tables.sections(frame, table))
+    tables.write(own.results, "table1", frame, table)
 
 
 if __name__ == "__main__":

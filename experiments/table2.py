@@ -35,9 +35,7 @@ def main(argv: list[str] | None = None) -> None:
 
     frame = sweep.run_trials(trials, own)
     frame["published"] = [published.map_of(TABLE, *row) for row in frame[["method", "dataset", "bits"]].to_numpy()]
-    tables.write_csv(own.results / "table2.csv", frame)
-    parts = tables.sections(frame, lambda frame, dataset: tables.drops(frame, dataset, TABLE))
-    tables.write_markdown(own.results / "table2.md", parts)
+    tables.write(own.results, "table2", frame, lambda frame, dataset: tables.drops(frame, dataset, TABLE))
 
 
 if __name__ == "__main__":

@@ -63,6 +63,12 @@ def exploded(frame: "pd.DataFrame", rows: Callable[[dict], list[dict]]) -> "pd.D
     return pd.DataFrame([label | row for label, result in pairs for row in rows(result)])
 
 
+def write(folder: Path, name: str, frame: "pd.DataFrame", table: Callable) -> None:
+    """Write a row per training as `name.csv`, and print and write `sections` of them as `name.md`."""
+    write_csv(folder / f"{name}.csv", frame)
+    write_markdown(folder / f"{name}.md", sections(frame, table))
+
+
 def write_csv(path: Path, frame: "pd.DataFrame") -> None:
     """All columns but `result`, numbers with six digits."""
     with atomic_write(path, "w") as file:

@@ -94,13 +94,17 @@ class Method(nn.Module):
         """The backbone's features `[B, backbone.dim]`, normalised if they are to be -> embeddings z `[B, D]`."""
         raise NotImplementedError
 
+    def of_features(self, features: Tensor) -> Tensor:
+        """The backbone's features `[B, backbone.dim]`, as it gives them -> embeddings z `[B, D]`."""
+        return self.project(self.normalized(features))
+
     def forward(self, images: Tensor) -> Tensor:
         """Images `[B, 3, S, S]` -> embeddings z `[B, D]`."""
-        return self.project(self.normalized(self.backbone(images)))
+        return self.of_features(self.backbone(images))
 
     def embed(self, x: Tensor) -> Tensor:
         """What leaves the backbone's prefix `[B, ...]` -> embeddings z `[B, D]`."""
-        return self.project(self.normalized(self.backbone.suffix(x)))
+        return self.of_features(self.backbone.suffix(x))
 
     def codes(self, z: Tensor) -> Tensor:
         """Embeddings `[B, D]` -> codes `[B, M]`, uint8 for K <= 256, else int32."""

@@ -9,7 +9,6 @@ of it has as many others that are nearer. An index without features has pairs of
 --above does not go with it. Of more than --candidates images with one code, not all pairs are compared.
 """
 
-import argparse
 import csv
 import io
 from argparse import Namespace
@@ -20,6 +19,7 @@ import numpy as np
 
 from packages import need
 from photos import say
+from search.commands import parser_of
 from search.store import printable
 from utils import InputError, Parser, atomic_write, check_regular, naming_lack_of_memory, progress_bar
 
@@ -35,8 +35,7 @@ Pairs = tuple[np.ndarray, np.ndarray]  # positions `[p, 2]`, the smaller first, 
 
 def build_parser() -> Parser:
     """The parser of the flags."""
-    parser = Parser(prog="python -m search duplicates", description=__doc__, allow_abbrev=False,
-                    formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
+    parser = parser_of("duplicates", __doc__)
     add = parser.add_argument
     add("index", type=Path, metavar="DIR", help="folder of the index")
     add("--above", type=float, metavar="COSINE", help="list pairs whose features have at least this cosine (default: "

@@ -120,7 +120,7 @@ class Encoder:
         else:
             images = filled(images, self._rows)
             features = method.backbone.suffix(prefix_features(method.backbone, images).float())
-        z = method.project(method.normalized(features))
+        z = method.of_features(features)
         if not bool((z.abs() < 1e15).all()):
             raise NonFiniteError("the embeddings are not finite numbers: the model is of no use")
         outputs: tuple[Tensor, ...] = (method.codes(z), F.normalize(features, dim=1), method.vectors(method.query(z)))

@@ -11,7 +11,6 @@ Writes into the folder OUT
 docs/search.md has the six lines that search them.
 """
 
-import argparse
 import csv
 import importlib.util
 from argparse import Namespace
@@ -23,6 +22,7 @@ import numpy as np
 
 from packages import need
 from photos import say
+from search.commands import parser_of
 from utils import (
     InputError,
     Parser,
@@ -49,8 +49,7 @@ ROWS = 65_536  # images written at a time
 
 def build_parser() -> Parser:
     """The parser of `python -m search export`."""
-    parser = Parser(prog="python -m search export", description=__doc__, allow_abbrev=False,
-                    formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
+    parser = parser_of("export", __doc__)
     add = parser.add_argument
     add("index", type=Path, metavar="DIR", help="index that python -m search index made")
     add("-o", "--output", type=Path, metavar="OUT", required=True, help="folder to write into")

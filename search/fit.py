@@ -8,7 +8,6 @@ which are downloaded otherwise; --resume goes on with a run that was stopped; --
 folder is checkpoints/NOTES; a report of it is written if matplotlib is installed.
 """
 
-import argparse
 import importlib.util
 import json
 import os
@@ -21,6 +20,7 @@ from pathlib import Path
 import config
 from methods import METHODS
 from photos import say
+from search.commands import handling, parser_of
 from utils import InputError, Parser
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -59,19 +59,13 @@ def run(command: list[str]) -> int:
         with suppress(ProcessLookupError):
             process.send_signal(number)
 
-    before = {number: signal.signal(number, pass_on) for number in PASSED_ON}
-    try:
+    with handling(pass_on, *PASSED_ON):
         code = process.wait()
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
     return code if code >= 0 else 128 - code
 
 
 def build_parser() -> Parser:
-    parser = Parser(prog="python -m search fit", usage="python -m search fit PHOTOS [--bits N] [flags of main.py]",
-                    description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
-                    allow_abbrev=False)  # fmt: skip
+    parser = parser_of("fit", __doc__, "python -m search fit PHOTOS [--bits N] [flags of main.py]")
     parser.add_argument("photos", metavar="PHOTOS", help="folder of images, with all its subfolders")
     parser.add_argument("--bits", type=int, default=32, help="per image, a multiple of 8 (default: %(default)s)")
     parser.add_argument("--method", choices=METHODS, default="MeCoQ", help="what is learned (default: %(default)s)")

@@ -16,7 +16,6 @@ Several processes, on one machine or on several that share the folders, divide t
 python -m search index photos --model checkpoints/mine -o mine.index --rank 0 --world 2
 """
 
-import argparse
 import json
 import signal
 from argparse import Namespace
@@ -27,7 +26,9 @@ from pathlib import Path
 from types import FrameType
 
 from packages import need
-from search.making import LOCK, SHARD, Hardware, Making, Request, report_skipped, say
+from photos import say
+from search.commands import handling, parser_of
+from search.making import LOCK, SHARD, Hardware, Making, Request, report_skipped
 from search.parts import index_part
 from search.store import SKIPPED
 from search.writing import Writer
@@ -38,8 +39,7 @@ from utils import InputError, Parser, Stopped, check_writable, locked, naming_la
 
 def build_parser() -> Parser:
     """The parser of the flags."""
-    parser = Parser(prog="python -m search index", description=__doc__, allow_abbrev=False,
-                    formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
+    parser = parser_of("index", __doc__)
     add = parser.add_argument
     add("photos", type=Path, nargs="?", metavar="PHOTOS|LIST", help="folder of images, or text file of paths; may be "
         "left out if the index is there")  # fmt: skip
@@ -113,12 +113,8 @@ def stoppable() -> Iterator[None]:
     def stop(number: int, _: FrameType | None) -> None:
         raise Stopped(number, "run the same command again to go on")
 
-    before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
+    with handling(stop, signal.SIGINT, signal.SIGTERM):
         yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 def index(request: Request, hardware: Hardware) -> int:

@@ -5,7 +5,8 @@ import json
 import shutil
 from pathlib import Path
 
-from search.making import LOCK, PARTS, Hardware, Making, Request, report_skipped, say
+from photos import say
+from search.making import LOCK, PARTS, Hardware, Making, Request, report_skipped
 from search.store import read_info
 from search.writing import File, Stretch, Writer
 from utils import check_writable, locked, write_json

@@ -15,7 +15,6 @@ unusable  a list: {"image": the file, "reason": why it cannot be used}
 be used is named in a line of standard error; the exit code is 2 if none can be used.
 """
 
-import argparse
 import base64
 import html
 import json
@@ -26,6 +25,7 @@ from typing import TYPE_CHECKING
 
 from packages import need
 from photos import say, shown_name
+from search.commands import parser_of
 from search.store import printable
 from utils import InputError, Parser, atomic_write, check_regular, naming_lack_of_memory
 
@@ -41,8 +41,7 @@ COUNTS = {"k": (1, 100_000), "rerank": (0, 1_000_000), "nprobe": (1, 1_000_000)}
 
 def build_parser() -> Parser:
     """The parser of the flags."""
-    parser = Parser(prog="python -m search query", description=__doc__, allow_abbrev=False,
-                    formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
+    parser = parser_of("query", __doc__)
     add = parser.add_argument
     add("index", type=Path, metavar="DIR", help="folder of the index")
     add("images", type=Path, nargs="+", metavar="IMAGE", help="image file to search for")

@@ -7,7 +7,6 @@ The page is at http://127.0.0.1:8000/ and loads nothing from elsewhere. What the
 docs/search_api.md, and /schema while it runs. Ctrl-C, or SIGTERM, ends it.
 """
 
-import argparse
 import ipaddress
 import signal
 import sys
@@ -20,6 +19,7 @@ from typing import TYPE_CHECKING
 
 from packages import need
 from photos import say
+from search.commands import handling, parser_of
 from utils import InputError, Parser, run_script, worker_count
 
 if TYPE_CHECKING:
@@ -27,13 +27,13 @@ if TYPE_CHECKING:
     from search.connections import Server
 
 DECODE_SECONDS = 20.0  # per image
+ENDING = signal.SIGINT, signal.SIGTERM
 GRACE_SECONDS = 5.0  # for requests that are being answered when the server is stopped
 ANYWHERE = ("0.0.0.0", "::")  # noqa: S104
 
 
 def build_parser() -> Parser:
-    parser = Parser(prog="python -m search serve", description=__doc__, allow_abbrev=False,
-                    formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
+    parser = parser_of("serve", __doc__)
     add = parser.add_argument
     add("index", type=Path, help="folder that python -m search index made")
     add("--port", type=int, default=8000, help="0: any that is free (default: %(default)s)")
@@ -85,17 +85,13 @@ def until_stopped(server: "Server") -> Iterator[None]:
     """SIGINT and SIGTERM end `serve_forever`; a second one ends the program."""
 
     def stop(*_: object) -> None:
-        for number in before:
+        for number in ENDING:
             signal.signal(number, signal.SIG_DFL)
         threading.Thread(target=server.shutdown).start()  # which waits for the loop that this handler interrupts
 
-    before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
+    with handling(stop, *ENDING):
         yield
         server.wait_for_answers(GRACE_SECONDS)
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -2,8 +2,11 @@
 
 import contextlib
 import importlib.util
+import json
 import os
 import pickle
+import subprocess
+import sys
 import time
 import zipfile
 from collections.abc import Callable, Iterator
@@ -140,6 +143,24 @@ def killed_run(output: Path, monkeypatch: pytest.MonkeyPatch, *flags: str, step:
     with before_step(monkeypatch, step, kill), pytest.raises(Killed):
         main.main([*SMALL, "--save_interval", "2", "--output", str(output), "--notes", "small", *flags])
     return output / "checkpoints" / "small"
+
+
+@contextlib.contextmanager
+def asked(script: str) -> Iterator[Callable]:
+    """A program of tests/ that answers requests, a line of JSON each: (arguments, others by name) -> its answer."""
+    server = subprocess.Popen(
+        [sys.executable, ROOT / "tests" / script], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+
+    def ask(argv, **others):
+        server.stdin.write(json.dumps({"argv": [str(arg) for arg in argv], **others}) + "\n")
+        server.stdin.flush()
+        return json.loads(server.stdout.readline())
+
+    yield ask
+    server.stdin.close()
+    server.wait()
 
 
 def wait_for(condition: Callable[[], object]) -> None:

@@ -15,27 +15,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from helpers import HOSTILE, LIVELY, ROOT, SEED, SMALL, SQUEEZENET, damages, wait_for, write_cifar10
+from helpers import HOSTILE, LIVELY, ROOT, SEED, SMALL, SQUEEZENET, asked, damages, wait_for, write_cifar10
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 
 @pytest.fixture(scope="module")
 def forked():
     """Call main.py with flags in a process of its own: see forks.py."""
-    server = subprocess.Popen(
-        [sys.executable, ROOT / "tests" / "forks.py"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-    )  # fmt: skip
-
-    def run(*argv, kill=None, timeout=60):
-        request = {"argv": [str(arg) for arg in argv], "kill": kill, "timeout": timeout}
-        server.stdin.write(json.dumps(request) + "\n")
-        server.stdin.flush()
-        return json.loads(server.stdout.readline())
-
-    yield run
-    server.stdin.close()
-    server.wait()
+    with asked("forks.py") as ask:
+        yield lambda *argv, kill=None, timeout=60: ask(argv, kill=kill, timeout=timeout)
 
 
 # ---------------------------------------------------------------- killed, and going on

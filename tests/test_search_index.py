@@ -1,6 +1,5 @@
 """`python -m search index`: what it reads and what it leaves alone, kills, several processes, wrong input."""
 
-import json
 import os
 import shutil
 import signal
@@ -10,7 +9,7 @@ import sys
 import index_forks
 import numpy as np
 import pytest
-from helpers import HOSTILE, ROOT, SEED, Killed, wait_for, write_photos
+from helpers import HOSTILE, ROOT, SEED, Killed, asked, wait_for, write_photos
 from index_forks import FakeEncoder, fakes, found, index, left_out, write_files, write_place, write_run
 
 from search import __main__ as command
@@ -281,20 +280,8 @@ def test_a_file_that_goes_away_meanwhile_is_left_out(place, monkeypatch):
 @pytest.fixture(scope="module")
 def forked():
     """Call the verb in a process of its own: see index_forks.py."""
-    server = subprocess.Popen(
-        [sys.executable, ROOT / "tests" / "index_forks.py"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-    )  # fmt: skip
-
-    def run(*argv, kill=None, number=signal.SIGKILL):
-        request = {"argv": [str(arg) for arg in argv], "kill": kill, "number": number}
-        server.stdin.write(json.dumps(request) + "\n")
-        server.stdin.flush()
-        return json.loads(server.stdout.readline())
-
-    yield run
-    server.stdin.close()
-    server.wait()
+    with asked("index_forks.py") as ask:
+        yield lambda *argv, kill=None, number=signal.SIGKILL: ask(argv, kill=kill, number=number)
 
 
 def digests(folder):

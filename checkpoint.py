@@ -17,6 +17,7 @@ from torch import Tensor
 
 from config import RESULTS, Config, differing
 from data import Splits
+from distributed import is_first, largest
 from methods.backbones import Backbone
 from methods.base import Method
 from model_file import BackgroundWriter
@@ -76,8 +77,10 @@ class Signals:
         if self.pending is not None and not self.deferring:
             raise Stopped(self.pending)
 
-    @property
     def waiting(self) -> bool:
+        """Whether a signal waits, in any of the run's processes; all of them know of it then."""
+        save, pending = largest(int(self.save), self.pending or 0)
+        self.save, self.pending = bool(save), pending or None
         return self.save or self.pending is not None
 
     def check(self) -> None:
@@ -194,6 +197,10 @@ class Training:
         return just_validated and self.patience.worse_in_a_row == 0
 
     @property
+    def seed(self) -> int:
+        return self.file.config["seed"] if self.file else 0
+
+    @property
     def device(self) -> torch.device:
         return next(self.method.parameters()).device
 
@@ -255,7 +262,10 @@ class Training:
         }
 
     def save(self, if_cheap: bool = False) -> None:
-        """Write `last.cpt`; `if_cheap`: unless that has taken more than `SHARE` of the time so far."""
+        """Write `last.cpt`; `if_cheap`: unless that has taken more than `SHARE` of the time so far. Only the first of
+        the run's processes does."""
+        if not is_first():
+            return
         start = time.perf_counter()
         dear = self.saving > SHARE * (start - self.began) and not self.finished
         if self.file and not (if_cheap and dear):

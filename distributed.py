@@ -1,13 +1,21 @@
-"""The device that a run is on: whether it is there, what it is called, and work in chunks that fit it."""
+"""The device that a run is on, and the processes, one per GPU, that torchrun lets share a run."""
 
+import io
+import os
 import platform
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from datetime import timedelta
 from pathlib import Path
 
 import torch
-from torch import Tensor
+import torch.distributed as dist
+from torch import Tensor, nn
 
-from utils import InputError
+from utils import LOG, InputError, RunError, one_line, sample_seed
+
+# ---------------------------------------------------------------- the device
 
 CPU_CHUNK = 32  # images: about what a CPU's caches hold the activations of
 
@@ -72,3 +80,273 @@ def processor_name(device: str) -> str:
     lines = path.read_text(encoding="utf-8", errors="replace").splitlines() if path.exists() else []
     model = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "")
     return f"{model or platform.processor()} {torch.backends.cpu.get_cpu_capability()}"
+
+
+# ---------------------------------------------------------------- processes
+
+
+def rank() -> int:
+    """This process's number in the run; the first, 0, writes its files."""
+    return dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
+
+
+def processes() -> int:
+    """How many processes share the run."""
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
+def local_processes() -> int:
+    """How many of them are on this machine."""
+    return 1 if processes() == 1 else int(os.environ["LOCAL_WORLD_SIZE"])
+
+
+def is_first() -> bool:
+    return rank() == 0
+
+
+def launched() -> bool:
+    """Whether torchrun started several processes, of which this is one."""
+    return int(os.environ.get("WORLD_SIZE", "1")) > 1
+
+
+def own_device(device: str) -> str:
+    """The device of this process: one GPU for each on a machine. Raises InputError if all of them were to take one."""
+    if not launched() or device == "cpu":
+        return device
+    if device not in ("cuda", "cuda:0"):
+        raise InputError(f"--device {device}: torchrun's processes take a GPU each: give --device cuda, and name the "
+                         "GPUs in CUDA_VISIBLE_DEVICES")  # fmt: skip
+    return f"cuda:{os.environ['LOCAL_RANK']}"
+
+
+@contextmanager
+def process_group(device: str) -> Iterator[None]:
+    """Let the processes that torchrun started share a run; all but the first keep quiet. A process of its own stays so.
+
+    Raises RunError if another process is gone.
+    """
+    if not launched():
+        yield
+        return
+    backend = "gloo" if device == "cpu" else "cpu:gloo,cuda:nccl"
+    with naming_lost_process():
+        dist.init_process_group(backend, timeout=timedelta(minutes=30))
+    quiet, LOG.disabled = LOG.disabled, LOG.disabled or not is_first()
+    try:
+        with naming_lost_process():
+            yield
+        dist.destroy_process_group()  # after an error, `said_once` does
+    finally:
+        LOG.disabled = quiet
+
+
+def is_loss(error: BaseException) -> bool:
+    """Whether an error says that another process cannot be reached: gloo and NCCL have no type for it alone."""
+    words = ("gloo", "NCCL", "Connection closed by peer", "Connection reset by peer", "Broken pipe")
+    lost = isinstance(error, dist.DistError) or any(word in str(error) for word in words)
+    return isinstance(error, RuntimeError) and not isinstance(error, RunError) and lost
+
+
+@contextmanager
+def naming_lost_process() -> Iterator[None]:
+    """Raise RunError in one line if another process of the run cannot be reached."""
+    try:
+        yield
+    except RuntimeError as error:
+        if not is_loss(error):
+            raise
+        raise RunError(lost_process(error)) from error
+
+
+def lost_process(error: BaseException) -> str:
+    """What to say of it: the error's first sentence, without the place in gloo's code."""
+    reason = re.sub(r"^\[[^]]*\] *", "", one_line(error)).partition(". ")[0]
+    return f"another process of this run has ended or cannot be reached ({reason[:200]})"
+
+
+@contextmanager
+def said_once() -> Iterator[None]:
+    """Let only the first of the processes that fail say so; the others, which fail of that one's end or of the same
+    input, leave without a word."""
+    try:
+        yield
+    except (Exception, KeyboardInterrupt):
+        first = not launched() or _first_to_fail()
+        if dist.is_initialized():
+            dist.destroy_process_group()  # only now, as the others fail of it
+        if not first:
+            raise SystemExit(0) from None  # the exit code of the run is that of the first
+        raise
+
+
+def _first_to_fail() -> bool:
+    """Whether no other process has called this; True, too, if none can be reached."""
+    try:
+        host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+        store = dist.TCPStore(host, port, is_master=False, timeout=timedelta(seconds=5))
+        return store.add(f"failed, start {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", 1) == 1
+    except (RuntimeError, KeyError, ValueError):
+        return True
+
+
+# ---------------------------------------------------------------- what processes do together
+
+
+def share(n: int) -> slice:
+    """Which of n pieces of work are this process's; if there are fewer than processes, each does all."""
+    if each_does_all(n):
+        return slice(0, n)
+    return slice(n * rank() // processes(), n * (rank() + 1) // processes())
+
+
+def each_does_all(n: int) -> bool:
+    return processes() == 1 or n < processes()
+
+
+def joined(own: Tensor, n: int) -> Tensor:
+    """The rows of n pieces of work, of those that each process's `share` gave it."""
+    return own if each_does_all(n) else gathered(own)
+
+
+def total(own: Tensor, n: int) -> Tensor:
+    """The sum over n pieces of work, of those of each process's `share`."""
+    return own if each_does_all(n) else summed(own)
+
+
+def largest(*numbers: int) -> list[int]:
+    """Each number's largest value in any process. The host does not wait for the device."""
+    if processes() == 1:
+        return list(numbers)
+    values = torch.tensor(numbers)
+    dist.all_reduce(values, dist.ReduceOp.MAX)
+    return values.tolist()
+
+
+def gathered(x: Tensor) -> Tensor:
+    """Rows `[b, ...]` of each process -> those of all `[B, ...]`, in the processes' order; with their gradients."""
+    if processes() == 1:
+        return x
+    sizes = [0] * processes()
+    sizes[rank()] = len(x)
+    sizes = largest(*sizes)
+    rows = [x.new_zeros(size, *x.shape[1:]) for size in sizes]
+    rows[rank()] = x
+    return summed(torch.cat(rows))
+
+
+def gathered_views(z: Tensor) -> Tensor:
+    """Embeddings `[2n, D]` of both views of a process's images -> of the whole batch `[2N, D]`, first views first."""
+    if processes() == 1:
+        return z
+    return gathered(torch.stack(z.chunk(2), dim=1)).transpose(0, 1).flatten(0, 1)
+
+
+class _Sum(torch.autograd.Function):
+    @staticmethod
+    def forward(_: object, x: Tensor) -> Tensor:
+        x = x.clone(memory_format=torch.contiguous_format)
+        dist.all_reduce(x)
+        return x
+
+    @staticmethod
+    def backward(_: object, gradient: Tensor) -> Tensor:
+        return _Sum.apply(gradient)
+
+
+def summed(x: Tensor) -> Tensor:
+    """The sum over processes of tensors of one shape. Its gradient is that of the sum of all processes' losses."""
+    return x if processes() == 1 else _Sum.apply(x)
+
+
+def average_gradients(parameters: Iterable[nn.Parameter]) -> None:
+    """Let each process have the mean of all processes' gradients: as every one has the loss of the whole batch, that is
+    its gradient."""
+    if processes() == 1:
+        return
+    gradients = [p.grad for p in parameters if p.grad is not None]
+    whole = torch.cat([gradient.flatten() for gradient in gradients])
+    dist.all_reduce(whole)
+    parts = (whole / processes()).split([gradient.numel() for gradient in gradients])
+    for gradient, part in zip(gradients, parts, strict=True):
+        gradient.copy_(part.view(gradient.shape))
+
+
+def copy_from_first(*tensors: Tensor) -> None:
+    """Overwrite tensors by those of the first process."""
+    if processes() > 1:
+        with torch.no_grad():
+            for tensor in tensors:
+                whole = tensor.detach().contiguous()
+                dist.broadcast(whole, 0)
+                tensor.copy_(whole)
+
+
+def check_same(digest: str, what: str) -> None:
+    """Raise InputError if this process's digest of `what` is not the first process's."""
+    if bytes_of_first(digest.encode()) != digest.encode():
+        raise InputError(f"process {rank()} has other {what} than process 0: let all machines have the same files")
+
+
+def bytes_of_first(content: bytes) -> bytes:
+    """What the first process has; the others' content counts for nothing."""
+    if processes() == 1:
+        return content
+    size = largest(len(content) if is_first() else 0)[0]
+    own = bytearray(content if is_first() else size)
+    if size:
+        dist.broadcast(torch.frombuffer(own, dtype=torch.uint8), 0)
+    return bytes(own)
+
+
+def content_of_first(content: dict | None, path: Path) -> dict | None:
+    """What the first process has read from a file of tensors, for all of them; None if it has read nothing."""
+    if processes() == 1:
+        return content
+    stored = bytes_of_first(path.read_bytes() if content is not None else b"")
+    return torch.load(io.BytesIO(stored), map_location="cpu", weights_only=True) if stored else None
+
+
+def draw_apart(*seeds: int) -> None:
+    """Let the numbers that processes draw next, say for dropout, differ; the first one's are those of a run alone.
+
+    Args:
+        seeds: numbers that together are new at each call: nothing need be kept of generators to go on from there.
+    """
+    if not is_first():
+        torch.manual_seed(sample_seed(*seeds, rank()))
+
+
+class SynchronizedBatchNorm(nn.BatchNorm2d):
+    """Batch normalisation by the statistics of the whole batch, on any device and with any number of images per
+    process; PyTorch's own knows GPUs only, and lets the host wait for them."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.training:
+            return super().forward(x)
+        count, C = x.numel() // x.shape[1], x.shape[1]
+        mean = x.sum(dim=(0, 2, 3), keepdim=True) / max(count, 1)
+        variance = (x - mean).square().sum(dim=(0, 2, 3)) / max(count, 1)
+        own = torch.cat([mean.flatten(), variance, variance.new_full((1,), count)])
+        means, variances, counts = summed(_in_row(own)).split([C, C, 1], dim=1)  # a row per process
+        shares, n = counts / counts.sum(), counts.sum()
+        mean = (shares * means).sum(dim=0)
+        variance = (shares * (variances + (means - mean).square())).sum(dim=0)
+        with torch.no_grad():
+            self.num_batches_tracked += 1
+            self.running_mean.lerp_(mean, self.momentum)
+            self.running_var.lerp_(variance * n / (n - 1), self.momentum)
+        scale = self.weight * (variance + self.eps).rsqrt()
+        return (x - mean[:, None, None]) * scale[:, None, None] + self.bias[:, None, None]
+
+
+def _in_row(x: Tensor) -> Tensor:
+    """A tensor in this process's row, zeros in all others'."""
+    return torch.stack([x if row == rank() else torch.zeros_like(x) for row in range(processes())])
+
+
+def synchronize_batch_norm(net: nn.Module) -> None:
+    """Let all batch normalisation of a network see the whole batch, if several processes share it."""
+    if processes() > 1:
+        for module in net.modules():
+            if type(module) is nn.BatchNorm2d:
+                module.__class__ = SynchronizedBatchNorm  # the same parameters and statistics

@@ -16,7 +16,18 @@ import loaders
 from checkpoint import Callback, Loop, Signals, StateFile, Training, fingerprint
 from config import Config, code_bits, key, recorded
 from data import Splits
-from distributed import device_name
+from distributed import (
+    average_gradients,
+    check_same,
+    copy_from_first,
+    device_name,
+    draw_apart,
+    is_first,
+    is_loss,
+    lost_process,
+    processes,
+    synchronize_batch_norm,
+)
 from feature_cache import Computed, Features, test_features
 from loaders import Preprocessing, TwoViews, ViewOptions
 from methods import BACKBONES, METHODS
@@ -157,14 +168,17 @@ def train_epoch(training: Training, batches: Collection[Tensor]) -> dict[str, fl
         batches: views `[2N, 3, S, S]`; its length is that of the whole epoch.
     """
     method, signals = training.method, training.signals
+    learned = [p for group in training.optimizer.param_groups for p in group["params"]]
     method.train()
     steps = StepLog(training.loop.log_interval, len(batches), training.step, training.note)
     with progress_bar(None, f"epoch {training.epoch}", total=len(batches), done=training.step) as bar:
         for views in batches:
             training.call_back(views)
+            draw_apart(training.seed, training.epoch, training.step)
             terms = method.loss(views, training.epoch)
             training.optimizer.zero_grad()
             backward(terms["loss/total_loss"])
+            average_gradients(learned)
             steps.add(training.scheduler.get_last_lr()[0], terms)
             training.optimizer.step()
             training.scheduler.step()
@@ -173,7 +187,7 @@ def train_epoch(training: Training, batches: Collection[Tensor]) -> dict[str, fl
             bar.update()
             if steps.last:
                 bar.set_postfix(loss=f"{steps.last['loss/total_loss']:.4f}")
-            if training.step % training.loop.save_interval == 0 or signals.waiting:
+            if training.step % training.loop.save_interval == 0 or signals.waiting():
                 steps.read()
                 training.save()
                 signals.check()
@@ -213,13 +227,15 @@ def train(training: Training, loader: TwoViews, validate: Callable[[], float] | 
             if training.best_is_now:
                 training.check_lock()
                 save_best(training, model_path)
-            if signals.waiting:
+            if signals.waiting():
                 training.save()
                 signals.check()
 
 
 def save_best(training: Training, path: Path) -> None:
-    """Write the model as it stands; while a GPU trains on."""
+    """Write the model as it stands; while a GPU trains on. Of several processes, the first does."""
+    if not is_first():
+        return
     written = partial(setattr, training, "saved_best", training.patience.best)
     if training.device.type == "cpu":
         save_model(training.method, path)
@@ -235,7 +251,8 @@ def end_epoch(training: Training, means: dict[str, float], validate: Callable[[]
     entry = {"epoch": epoch} | means
     if validate and (last or (epoch + 1) % loop.eval_interval == 0):
         try:
-            with training.stopwatch.measure("validate"), signals.deferred(False):
+            # several processes go on to where they can stop together
+            with training.stopwatch.measure("validate"), signals.deferred(processes() > 1):
                 entry["val_mAP"] = value = validate()
         except Stopped:
             training.save()
@@ -258,13 +275,14 @@ def naming_checkpoint(path: Path, training: Training) -> Iterator[None]:
     try:
         yield
     except (RunError, OSError, RuntimeError, MemoryError) as error:
-        dead_worker = "DataLoader worker" in str(error)
-        if not isinstance(error, RunError | OSError) and not dead_worker:
+        dead = "DataLoader worker" in str(error) or is_loss(error)
+        if not isinstance(error, RunError | OSError) and not dead:
             raise
+        reason = lost_process(error) if is_loss(error) else one_line(error)
         best = training.saved_best
         best = f"{path} (val mAP={best:.6f})" if best >= 0 else "none was saved yet"
         place = f"epoch {training.epoch}, step {training.step}"
-        raise RunError(f"{place}: {one_line(error)}; last good checkpoint: {best}") from error
+        raise RunError(f"{place}: {reason}; last good checkpoint: {best}") from error
 
 
 # ---------------------------------------------------------------- a run
@@ -280,7 +298,11 @@ def run(config: Config, files: Files, log: Path, state: dict | None = None, sign
     splits, method = build(config)
     told = described(config, splits)
     loader = build_loader(config, splits)
-    training = start(config, method, loader, files.last, fingerprint(splits, method.backbone))
+    loader.share_out()
+    content = fingerprint(splits, method.backbone)
+    check_same(content, "images, labels or weights")
+    synchronize_batch_norm(method)
+    training = start(config, method, loader, files.last, content)
     training.signals, training.check_lock = signals or training.signals, files.check_lock
     training.validated = splits.validated
     if state:
@@ -290,25 +312,34 @@ def run(config: Config, files: Files, log: Path, state: dict | None = None, sign
         features = build_features(config, method.backbone, splits.all if config.normalize_features else splits.tested)
         if config.normalize_features and not state:
             method.centre_features(features["train"])
-    take_place(files, log, state)
-    write_json(files.checkpoints / "config.json", recorded(config))
+    copy_from_first(*method.state_dict().values())
+    begin(config, files, log, state)
     if not state:
         training.save()
-    elif training.best_is_now:  # it may have been stopped before it was written
+    elif training.best_is_now and is_first():  # it may have been stopped before it was written
         files.check_lock()
         save_model(method, files.model)
     measured = evaluation.Measure(config.topK, config.ties)
     validate = partial(evaluation.validate, method, features, splits, measured) if splits.validated else None
-    with nullcontext() if config.disable_writer else Events(files.tensorboard) as training.events:
+    with nullcontext() if config.disable_writer or not is_first() else Events(files.tensorboard) as training.events:
         train(training, loader, validate, files.model)
-    load_best(training, files.model)
-    digest = sha256(files.model)  # before the test: a file may be replaced
+    if is_first():
+        load_best(training, files.model)
+        told["model_sha256"] = sha256(files.model)  # before the test: a file may be replaced
+    copy_from_first(*method.state_dict().values())
     with training.stopwatch.measure("test"):
         metrics, codes = evaluation.test(method, features, splits, measured)
         told |= unlabelled(config, method, splits, codes)
-    told |= training.summary() | {"model_sha256": digest}
+    told |= training.summary()
     told |= evaluation.beside(method, features, splits, codes, measured)
-    return report(files, splits.database.labels, metrics, codes, measured.ties, told)
+    return report(files, splits.database.labels, metrics, codes, measured.ties, told) if is_first() else {}
+
+
+def begin(config: Config, files: Files, log: Path, state: dict | None) -> None:
+    """Let a run take its place, once it has all it needs; of several processes, the first does."""
+    if is_first():
+        take_place(files, log, state)
+        write_json(files.checkpoints / "config.json", recorded(config))
 
 
 def unlabelled(config: Config, method: Method, splits: Splits, codes: Tensor) -> dict:
@@ -348,19 +379,19 @@ def run_test(config: Config, files: Files, log: Path) -> dict:
             features = build_features(config, method.backbone, splits.tested)
         else:  # the queries once: not worth a cache
             features = {"query": Computed(method.backbone, splits.query, preprocessing(config))}
-    take_place(files, log, None)
-    write_json(files.checkpoints / "config.json", recorded(config))
+    begin(config, files, log, None)
     digest, measured = sha256(checkpoint), evaluation.Measure(config.topK, config.ties)
     with stopwatch.measure("test"):
         metrics, codes = evaluation.test(method, features, splits, measured, codes)
         told |= unlabelled(config, method, splits, codes)
     told |= {"epochs_run": 0, "best_epoch": None, "history": [], "seconds": stopwatch.seconds, "model_sha256": digest}
     told |= evaluation.beside(method, features, splits, codes, measured)
-    return report(files, splits.database.labels, metrics, codes, measured.ties, told)
+    return report(files, splits.database.labels, metrics, codes, measured.ties, told) if is_first() else {}
 
 
 def described(config: Config, splits: Splits) -> dict:
     """What `metrics.json` says of a run's configuration, images and code; to be taken when it begins."""
     flags = {name: getattr(config, name) for name in ("topK", "recipe", "method", "notes", "dataset", "seed", "limit")}
     more = {"bits": code_bits(vars(config)), "canonical_data": splits.canonical, "git_commit": git_commit()}
-    return flags | more | {"device": device_name(config.device), "config": recorded(config)}
+    where = {"device": device_name(config.device), "processes": processes()}
+    return flags | more | where | {"config": recorded(config)}

@@ -12,7 +12,8 @@ from torch import Tensor
 
 import retrieval
 from data import Splits
-from feature_cache import Computed, Features
+from distributed import joined, largest, share, total
+from feature_cache import Computed, Features, own_part
 from loaders import Preprocessing, TwoViews
 from methods.base import Method
 from methods.mecoq import used_codewords
@@ -36,13 +37,13 @@ def encode(method: Method, batches: Features, output: Callable[[Tensor], Tensor]
     """
     method.eval()
     rows, sound = [], []
-    for batch in progress_bar(batches, description):
+    for batch in progress_bar(own_part(batches), description):
         z = method.embed(batch.float())
         sound.append((z.abs() < 1e15).all())  # not so large, either, that similarities overflow
         rows.append(output(z))
-    if not torch.stack(sound).all():
+    if largest(int(not torch.stack(sound).all()))[0]:
         raise NonFiniteError("the embeddings are not finite numbers: try a smaller --lr or a larger --T")
-    return torch.cat(rows)
+    return joined(torch.cat(rows), len(batches))
 
 
 def encode_database(method: Method, batches: Features) -> Tensor:
@@ -57,19 +58,20 @@ def encode_queries(method: Method, batches: Features) -> Tensor:
 
 @torch.inference_mode()
 def measure(
-    metric: Callable[..., Metrics | float], method: Method, queries: Tensor, codes: Tensor, labels: Sequence[np.ndarray]
-) -> Metrics | float:
-    """`retrieval.evaluate` or `retrieval.mean_average_precision`, whose other arguments are bound, of encoded queries
-    and database.
+    metric: Callable[..., Tensor], method: Method, queries: Tensor, codes: Tensor, labels: Sequence[np.ndarray]
+) -> Tensor:
+    """`retrieval.ranking_sums` or `retrieval.table_average_precisions`, whose other arguments are bound, of this
+    process's share of encoded queries, and the database.
 
     Args:
         labels: of queries and database.
     """
     if not all(p.isfinite().all() for name, p in method.named_parameters() if not name.startswith("backbone.")):
         raise NonFiniteError("a learned parameter is not finite: try a smaller --lr or a larger --T")
-    labels = [torch.from_numpy(array).to(queries.device) for array in labels]
-    with progress_bar(None, "rank queries", total=len(queries)) as bar:
-        return metric(method.tables, queries, codes.to(queries.device), labels, on_chunk=bar.update)
+    asked, stored = (torch.from_numpy(array).to(queries.device) for array in labels)
+    own = share(len(queries))
+    with progress_bar(None, "rank queries", total=own.stop - own.start) as bar:
+        return metric(method.tables, queries[own], codes.to(queries.device), [asked[own], stored], on_chunk=bar.update)
 
 
 def validate(method: Method, features: dict[str, Features], splits: Splits, measured: Measure) -> float:
@@ -77,8 +79,9 @@ def validate(method: Method, features: dict[str, Features], splits: Splits, meas
     split = "query" if splits.validation is None else "validation"
     queries = encode_queries(method, features[split])
     codes = encode_database(method, features["database"])
-    metric = partial(retrieval.mean_average_precision, measured=measured)
-    return measure(metric, method, queries, codes, [splits.tested[split].labels, splits.database.labels])
+    metric = partial(retrieval.table_average_precisions, measured=measured)
+    found = measure(metric, method, queries, codes, [splits.tested[split].labels, splits.database.labels])
+    return float(joined(found, len(queries)).mean())
 
 
 def test(
@@ -91,8 +94,9 @@ def test(
     if not splits.labelled:
         return None, codes
     queries = encode_queries(method, features["query"])
-    metric = partial(retrieval.evaluate, topK=measured.topK)
-    return measure(metric, method, queries, codes, [splits.query.labels, splits.database.labels]), codes
+    metric = partial(retrieval.ranking_sums, topK=measured.topK)
+    sums = measure(metric, method, queries, codes, [splits.query.labels, splits.database.labels])
+    return retrieval.metrics_of(total(sums, len(queries)), len(queries), measured.topK), codes
 
 
 test.__test__ = False  # not a pytest function

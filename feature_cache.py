@@ -10,7 +10,8 @@ import json
 import shutil
 from argparse import Namespace
 from collections.abc import Iterator
-from functools import reduce
+from contextlib import nullcontext
+from functools import cached_property, reduce
 from pathlib import Path
 
 import numpy as np
@@ -22,7 +23,7 @@ from torch import Tensor
 import loaders
 import transforms
 from decoding import opencv
-from distributed import CPU_CHUNK, fits, processor_name, sent
+from distributed import CPU_CHUNK, fits, gathered, is_first, largest, processes, processor_name, rank, sent, share
 from loaders import TEST_BATCH, Preprocessing
 from methods.backbones import Backbone
 from readers import ImageFiles, Images
@@ -52,6 +53,14 @@ class Computed:
     def __init__(self, backbone: Backbone, images: Images | ImageFiles, preprocessing: Preprocessing) -> None:
         self.backbone, self.images, self.preprocessing = backbone, images, preprocessing
 
+    @cached_property
+    def own(self) -> "Computed":
+        return self.part(share(len(self)))
+
+    def part(self, batches: slice) -> "Computed":
+        """Some of the batches."""
+        return Computed(self.backbone, self.images.subset(rows_of(batches, len(self.images))), self.preprocessing)
+
     def __len__(self) -> int:
         return -(-len(self.images) // TEST_BATCH)
 
@@ -70,6 +79,10 @@ class Cached:
         self.array, self.rows, self.device = array, rows, device
         self.kept: list[Tensor] = []
 
+    @cached_property
+    def own(self) -> "Cached":
+        return Cached(self.array, self.rows[rows_of(share(len(self)), len(self.rows))], self.device)
+
     def __len__(self) -> int:
         return -(-len(self.rows) // TEST_BATCH)
 
@@ -84,6 +97,17 @@ class Cached:
 
 
 Features = Computed | Cached
+
+
+def rows_of(batches: slice, n: int) -> np.ndarray:
+    """The rows, of n, in some of the batches."""
+    rows = np.arange(n)
+    return rows[np.isin(rows // TEST_BATCH, np.arange(-(-n // TEST_BATCH))[batches])]
+
+
+def own_part(features: Features) -> Features:
+    """This process's share of the batches."""
+    return features if processes() == 1 else features.own
 
 
 def test_features(
@@ -108,10 +132,11 @@ def test_features(
     distinct, first = np.unique(np.concatenate(list(names.values())), return_index=True)
     key = cache_key(backbone, next(iter(images.values())), distinct, preprocessing, flags)
     folder = folder / hashlib.sha256(json.dumps(key).encode()).hexdigest()[:16]
-    array = read_cache(folder, key)
-    if array is None:
+    array = read_cache(folder, key) if is_first() else None
+    if not largest(int(array is not None))[0]:
         joined = reduce(lambda part, more: part.joined(more), images.values())
         array = _fill_alone(folder, key, Computed(backbone, joined.subset(first), preprocessing))
+    array = _open(folder) if array is None else array
     LOG.info("features of %d test images are in %s", len(array), folder)
     return {name: Cached(array, np.searchsorted(distinct, part), preprocessing.device) for name, part in names.items()}
 
@@ -181,23 +206,41 @@ def read_cache(folder: Path, key: dict[str, object]) -> np.ndarray | None:
     return None
 
 
-def _fill_alone(folder: Path, key: dict[str, object], computed: Computed) -> np.ndarray:
-    """The features in `folder`, computed by this process or by another that holds the lock."""
-    check_writable(folder)
+def _open(folder: Path) -> np.ndarray:
+    """The features that the first of the run's processes has found or made."""
+    try:
+        return np.load(folder / "features.npy", mmap_mode="r", allow_pickle=False)
+    except (OSError, ValueError) as error:
+        raise InputError(
+            f"{folder} is not there for all of the run's processes ({error}): name a folder that all machines share "
+            "with --feature_cache, or compute features anew for every test with --feature_cache off"
+        ) from error
+
+
+def _fill_alone(folder: Path, key: dict[str, object], computed: Computed) -> np.ndarray | None:
+    """The features in `folder`, computed by this run or by another that holds the lock; None, but for the first of the
+    run's processes."""
     busy = f"waiting for another process, which computes the features in {folder}"
-    with locked(folder / "lock", busy, wait=True):
-        array = read_cache(folder, key)  # another process may have been faster
-        if array is None:
+    if is_first():
+        check_writable(folder)
+    with locked(folder / "lock", busy, wait=True) if is_first() else nullcontext():
+        array = read_cache(folder, key) if is_first() else None  # another run may have been faster
+        if not largest(int(array is not None))[0]:
             fill_cache(folder, key, computed)
-            array = read_cache(folder, key)
-    if array is None:
+            array = read_cache(folder, key) if is_first() else None
+    if array is None and is_first():
         raise InputError(f"{folder} changed while it was written: name another folder with --feature_cache")
     return array
 
 
 def fill_cache(folder: Path, key: dict[str, object], computed: Computed) -> None:
-    """Compute and write features, first the array, then the key that makes it count."""
+    """Compute features, each of the run's processes a part of them. The first process writes them: first the array,
+    then the key that makes it count."""
     computed.backbone.eval()
+    if not is_first():
+        for _ in in_turn(computed):
+            pass
+        return
     n = len(computed.images)
     one = Computed(computed.backbone, computed.images.subset(np.arange(1)), computed.preprocessing)
     shape = next(iter(one)).shape[1:]
@@ -214,10 +257,25 @@ def fill_cache(folder: Path, key: dict[str, object], computed: Computed) -> None
         header = {"descr": "<f2", "fortran_order": False, "shape": (n, *shape)}
         np.lib.format.write_array_header_1_0(Namespace(write=write), header)
         with progress_bar(None, "features of test images", total=n) as bar:
-            for batch in computed:
+            for batch in in_turn(computed):
                 write(batch.cpu().contiguous().numpy().tobytes())
                 bar.update(len(batch))
     write_json(folder / "key.json", {"key": key, "sha256": digest.hexdigest()})
+
+
+@torch.inference_mode()
+def in_turn(computed: Computed) -> Iterator[Tensor]:
+    """The features of all images in their order, batch by batch; or, of several processes, as many batches at once, of
+    which each computes one."""
+    count = processes()
+    if count == 1 or len(computed) < count:
+        yield from computed
+        return
+    own = iter(computed.part(slice(rank(), None, count)))
+    batch = next(own)
+    for start in range(0, len(computed), count):
+        yield gathered(batch if start + rank() < len(computed) else batch[:0])
+        batch = next(own, batch)
 
 
 def check_room(folder: Path, n: int, size: int) -> None:

@@ -7,14 +7,14 @@ from functools import partial
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
 from torchvision import transforms as T
 from torchvision.transforms.v2.functional import resize
 
 import spq_views
 import transforms
 from data import Splits
-from distributed import by_chunks, fits, sent
+from distributed import by_chunks, fits, local_processes, processes, rank, sent
 from readers import ImageFiles, Images
 from utils import InputError, leave_signals, sample_seed, worker_count
 from vectors import VectorPairs, Vectors
@@ -60,11 +60,13 @@ class ShuffledBatches(Sampler[list[tuple[int, int]]]):
     left out then.
 
     Order and seeds are functions of (seed, epoch) alone, so views do not depend on the number of workers.
+
+    `share`: which part of each batch is yielded, and of how many: that of one of several processes.
     """
 
     def __init__(self, n: int, batch_size: int, seed: int, drop_last: bool = False) -> None:
         self.n, self.batch_size, self.seed, self.drop_last = n, batch_size, seed, drop_last
-        self.epoch, self.first = 0, 0
+        self.epoch, self.first, self.share = 0, 0, (0, 1)
 
     def __len__(self) -> int:
         return self.n // self.batch_size if self.drop_last else -(-self.n // self.batch_size)
@@ -74,7 +76,9 @@ class ShuffledBatches(Sampler[list[tuple[int, int]]]):
         generator = torch.Generator().manual_seed(sample_seed(self.seed, self.epoch))
         order = torch.randperm(self.n, generator=generator)
         for step in range(self.first, len(self)):
-            yield order[step * self.batch_size : (step + 1) * self.batch_size]
+            batch = order[step * self.batch_size : (step + 1) * self.batch_size]
+            part, parts = self.share
+            yield batch.tensor_split(parts)[part]
 
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
         for rows in self.rows():
@@ -82,13 +86,19 @@ class ShuffledBatches(Sampler[list[tuple[int, int]]]):
 
 
 class SeededViews(Dataset):
-    """(image, seed) -> `draw(image, seed)`."""
+    """(image, seed) -> `draw(image, seed)`, of all images of a batch; if it has none, of one that `of_batch` drops."""
 
     def __init__(self, draw: Callable[[int, int], tuple[Tensor, ...]]) -> None:
         self.draw = draw
 
-    def __getitem__(self, key: tuple[int, int]) -> tuple[Tensor, ...]:
-        return self.draw(*key)
+    def __getitems__(self, keys: list[tuple[int, int]]) -> tuple[list[tuple[Tensor, ...]], int]:
+        return [self.draw(*key) for key in keys or [(0, 0)]], len(keys)
+
+
+def of_batch(collate: Callable[[list], list[Tensor]], fetched: tuple[list, int]) -> list[Tensor]:
+    """What `SeededViews` gives of n images, collated: tensors `[n k, ...]`."""
+    items, n = fetched
+    return [tensor[: n * len(tensor) // len(items)] for tensor in collate(items)]
 
 
 def pil_views(images: Images | ImageFiles, transform: T.Compose, index: int, seed: int) -> tuple[Tensor]:
@@ -200,6 +210,14 @@ class TwoViews:
         """Choose what the next pass yields: the epoch's batches from `first_step` on."""
         self.batches.epoch, self.batches.first = epoch, first_step
 
+    def share_out(self) -> None:
+        """Let each of the run's processes have its part of every batch. Raises InputError if a batch has fewer images
+        than there are processes."""
+        if self.batches.batch_size < processes():
+            raise InputError(f"--batch_size {self.batches.batch_size}: less than an image for each of {processes()} "
+                             "processes: start fewer of them")  # fmt: skip
+        self.batches.share = rank(), processes()
+
     def __iter__(self) -> Iterator[Tensor]:
         for images, *drawn in self.loader:
             yield self.augment(sent(images, self.device), *drawn)
@@ -230,7 +248,8 @@ def train_loader(splits: Splits, options: ViewOptions, device: str, num_workers:
         transform = transforms.view_transform(S, splits.mirrored, normalized)
         draw, augment = partial(pil_views, images, transform), lambda x: x
     views = SeededViews(draw)
-    loader = DataLoader(views, batch_sampler=batches, collate_fn=views_first, **_loader_options(device, num_workers))
+    collate = partial(of_batch, views_first)
+    loader = DataLoader(views, batch_sampler=batches, collate_fn=collate, **_loader_options(device, num_workers))
     return TwoViews(loader, batches, augment, device)
 
 
@@ -241,7 +260,8 @@ def spq_loader(
     images, S = splits.train, options.image_size
     if images.on_disk:
         read, size = SeededViews(partial(whole_photo, images, S)), (S, S)
-        loader = DataLoader(read, batch_sampler=batches, **_loader_options(device, num_workers))
+        collate = partial(of_batch, default_collate)
+        loader = DataLoader(read, batch_sampler=batches, collate_fn=collate, **_loader_options(device, num_workers))
     else:
         loader, size = PixelsInMemory(images, batches, device), images.pixels.shape[1:3]
     augment = partial(spq_views.two_views, image_size=S, variant=options.augmentation, normalized=options.normalized)
@@ -303,7 +323,7 @@ test_batches.__test__ = False  # not a pytest function
 def _loader_options(device: str, num_workers: int) -> dict:
     """The loader's own generator decides nothing here, it keeps the global one out of it."""
     return {
-        "num_workers": worker_count(num_workers),
+        "num_workers": -(-worker_count(num_workers) // local_processes()),
         "pin_memory": device != "cpu",
         "generator": torch.Generator(),
         "worker_init_fn": leave_signals if num_workers else None,

@@ -147,7 +147,21 @@ def evaluate(
     topK: int | None = None,
     on_chunk: Callable[[int], object] = lambda queries: None,
 ) -> Metrics:
-    """Rank the whole database for every query and measure MAP@K, both kinds, the PR curve and precision at 1 ... K.
+    """`metrics_of` what `ranking_sums` finds: MAP@K, both kinds, the PR curve and precision at 1 ... K."""
+    sums = ranking_sums(tables, queries, db_codes, labels, topK, on_chunk)
+    return metrics_of(sums, len(queries), topK)
+
+
+def ranking_sums(
+    tables: Callable[[Tensor], Tensor],
+    queries: Tensor,
+    db_codes: Tensor,
+    labels: Sequence[Tensor],
+    topK: int | None,
+    on_chunk: Callable[[int], object] = lambda queries: None,
+) -> Tensor:
+    """Rank the whole database for every query, and add up over queries, `[2, 1 + n]` float64: AP@K, of both kinds, in
+    the first column; then, by rank, the share of all relevant images that stands there, and how many do.
 
     A query without any relevant image counts with AP, recall and precision 0.
 
@@ -159,7 +173,7 @@ def evaluate(
         topK: the K of MAP@K; None or anything above n means the whole database.
         on_chunk: called with the number of queries done after each chunk (a progress bar).
     """
-    Q, n = len(queries), len(db_codes)
+    n = len(db_codes)
     topK = min(topK or n, n)
     maps = torch.zeros(2, dtype=torch.float64, device=db_codes.device)  # sums of AP, both kinds
     sums = torch.zeros(2, n, dtype=torch.float64, device=db_codes.device)  # by rank: 1 / all relevant, and 1, of a hit
@@ -172,10 +186,17 @@ def evaluate(
         share = 1 / ranked.sum(dim=1).clamp(min=1)
         sums += torch.stack([share, torch.ones_like(share)]) @ ranked
         on_chunk(len(ranked))
-    recall, hits = sums.cumsum(dim=1).cpu() / Q
+    return torch.cat([maps[:, None], sums], dim=1)
+
+
+def metrics_of(sums: Tensor, Q: int, topK: int | None) -> Metrics:
+    """The metrics of Q queries with the sums of `ranking_sums`."""
+    n = sums.shape[1] - 1
+    topK = min(topK or n, n)
+    recall, hits = sums[:, 1:].cumsum(dim=1).cpu() / Q
     ranks = torch.arange(1, n + 1, dtype=torch.float64)
     pr = torch.stack([recall, hits / ranks])
-    ap_sum, expected_sum = maps.tolist()
+    ap_sum, expected_sum = sums[:, 0].tolist()
     return Metrics(ap_sum / Q, expected_sum / Q, pr, torch.stack([ranks[:topK], pr[1, :topK]]))
 
 
@@ -188,9 +209,21 @@ def mean_average_precision(
     on_chunk: Callable[[int], object] = lambda queries: None,
 ) -> float:
     """MAP@K alone, the same number as `evaluate` gives: the first K are found without ranking the rest."""
+    return float(table_average_precisions(tables, queries, db_codes, labels, measured, on_chunk).mean())
+
+
+def table_average_precisions(
+    tables: Callable[[Tensor], Tensor],
+    queries: Tensor,
+    db_codes: Tensor,
+    labels: Sequence[Tensor],
+    measured: Measure,
+    on_chunk: Callable[[int], object] = lambda queries: None,
+) -> Tensor:
+    """`average_precisions` of the similarity that `tables` and codes give."""
     score = partial(_table_scores, tables, db_codes)
     width = tables(queries[:1]).numel()
-    return float(average_precisions(score, queries, labels, measured, on_chunk, width).mean())
+    return average_precisions(score, queries, labels, measured, on_chunk, width)
 
 
 def average_precisions(

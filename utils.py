@@ -187,8 +187,8 @@ def _end_workers() -> None:
 
 
 def progress_bar(iterable: Any, description: str, total: int | None = None, done: int = 0) -> tqdm:
-    """A tqdm bar that is silent if standard error is not a terminal."""
-    quiet = sys.stderr is None or not sys.stderr.isatty()
+    """A tqdm bar that is silent if standard error is not a terminal, or the log is (of a run's later processes)."""
+    quiet = LOG.disabled or sys.stderr is None or not sys.stderr.isatty()
     return tqdm(iterable, desc=description, total=total, initial=done, leave=False, disable=quiet)
 
 

@@ -221,7 +221,7 @@ class VectorPairs:
         first = generator.integers(choices, size=n)
         second = (first + generator.integers(1, max(choices, 2), size=n)) % choices
         for batch in self.batches:
-            items = np.array([item for item, _ in batch])
+            items = np.array([item for item, _ in batch], dtype=int)
             if vectors.views is None:
                 pair = [vectors.read(items), vectors.read(self.neighbours[items, first[items]])]
             elif choices == 1:

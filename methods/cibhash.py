@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 import loss
 import retrieval
+from distributed import copy_from_first, gathered_views
 from methods.base import Method
 from utils import InputError
 
@@ -61,8 +62,11 @@ class CIBHash(Method):
         """NT-Xent of both views' codes, and the KL term; "quant_err" is the mean squared distance of 2p - 1 to its
         sign, the code at test."""
         objective = self.objective
-        p = self(views).sigmoid()  # [2N, B]
-        codes = straight_through(p, torch.rand_like(p) if objective.sampling == "bernoulli" else 0.5)
+        p = gathered_views(self(views)).sigmoid()  # [2N, B]
+        threshold = 0.5
+        if objective.sampling == "bernoulli":
+            copy_from_first(threshold := torch.rand_like(p))
+        codes = straight_through(p, threshold)
         if objective.alphabet == "01":
             codes = zeros_and_ones(codes)
         contrastive = loss.contrastive_loss(*codes.chunk(2), T=objective.T)

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 import loss
 import retrieval
+from distributed import gathered_views
 from methods.backbones import plain_numbers
 from methods.base import Method
 from utils import InputError
@@ -191,7 +192,7 @@ class MeCoQ(Method):
 
     def loss(self, views: Tensor, epoch: int) -> dict[str, Tensor]:
         """Eq. 14 without its weight decay, which the optimiser applies."""
-        z = self(views)  # [2N, D]
+        z = gathered_views(self(views))  # [2N, D]
         quantizer, objective = self.quantizer, self.objective
         soft_codes, reconstruction = quantizer(z)  # [2N, M, K], [2N, M, d]
         codewords = quantizer.codewords()

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 import loss
 import retrieval
+from distributed import gathered
 from methods.base import Method
 from utils import InputError
 
@@ -99,7 +100,7 @@ class SPQ(Method):
 
     def loss(self, views: Tensor, epoch: int) -> dict[str, Tensor]:
         # passes of their own, so that batch normalisation sees each view alone
-        x_a, x_b = (self(view) for view in views.chunk(2))  # [N, M L]
+        x_a, x_b = (gathered(self(view)) for view in views.chunk(2))  # [N, M L]
         (_, z_a), (_, z_b) = self.quantizer(x_a), self.quantizer(x_b)
         choices = vars(self.objective)
         ab = loss.cross_quantized_loss(x_a, z_b, **choices)

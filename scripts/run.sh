@@ -1,14 +1,22 @@
 # Sourced by run0001.sh ... run0024.sh, spq_*.sh and cibhash_*.sh, which leave their flags in $flags: starts main.py with
-# them. The first argument is the device, a GPU's number or cpu; all further ones are flags of main.py, and win. Paths
-# count from the top folder.
+# them. The first argument is the device, a GPU's number or cpu, or several GPUs that share the run, say 0,1,2,3; all
+# further ones are flags of main.py, and win. Paths count from the top folder.
 set -euo pipefail
-case "${1:-}" in
-    cpu) device=cpu ;;
-    "" | *[!0-9]*)
-        echo "error: usage: bash $0 DEVICE [flags of main.py], DEVICE a GPU's number (0) or cpu" >&2
-        exit 2
-        ;;
-    *) device=cuda:$1 ;;
-esac
+gpus=()
+if [[ "${1:-}" =~ ^[0-9]+$ ]]; then
+    device=cuda:$1
+elif [[ "${1:-}" =~ ^[0-9]+(,[0-9]+)+$ ]]; then
+    device=cuda
+    IFS=, read -ra gpus <<<"$1"
+    [ -z "$(printf '%s\n' "${gpus[@]}" | sort -n | uniq -d)" ] || { echo "error: $1 names a GPU twice" >&2 && exit 2; }
+elif [ "${1:-}" = cpu ]; then
+    device=cpu
+else
+    echo "error: usage: bash $0 DEVICE [flags of main.py], DEVICE a GPU's number (0), several (0,1,2,3) or cpu" >&2
+    exit 2
+fi
 source "$(dirname "${BASH_SOURCE[0]}")/venv.sh" requirements.txt
-exec "$python" main.py --device "$device" "${flags[@]}" "${@:2}"
+command=(main.py --device "$device" "${flags[@]}" "${@:2}")
+[ "${#gpus[@]}" -gt 0 ] || exec "$python" "${command[@]}"
+export CUDA_VISIBLE_DEVICES=$1
+exec "$python" scripts/launch.py --standalone --nproc_per_node "${#gpus[@]}" "${command[@]}"

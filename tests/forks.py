@@ -64,6 +64,8 @@ def child(request: dict, folder: Path) -> None:
     code = 99
     try:
         code = main.main(request["argv"])
+    except SystemExit as error:
+        code = error.code
     except BaseException:
         import traceback
 

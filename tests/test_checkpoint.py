@@ -405,7 +405,7 @@ def test_signals_wait_while_they_are_deferred():
         assert stopped.value.number == signal.SIGTERM
         with pytest.raises(Stopped, match="SIGINT"), signals.deferred():
             signal.raise_signal(signal.SIGINT)
-            assert signals.waiting
+            assert signals.waiting()
             with pytest.raises(Stopped, match="SIGTERM"):
                 signal.raise_signal(signal.SIGTERM)  # the second does not wait
             signals.check()
@@ -415,9 +415,9 @@ def test_signals_wait_while_they_are_deferred():
         assert not signals.deferring
     with checkpoint.Signals() as signals:
         signal.raise_signal(signal.SIGUSR1)
-        assert signals.waiting
+        assert signals.waiting()
         signals.check()
-        assert not signals.waiting
+        assert not signals.waiting()
     assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
 
 

@@ -1,0 +1,207 @@
+"""Several processes, one per GPU or, here, on one CPU: a run of theirs is the run of one process."""
+
+import json
+import shutil
+import signal
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from helpers import HOSTILE, LIVELY, ROOT, SEED, SMALL, asked, small_run
+
+import loaders
+
+
+@pytest.fixture(scope="module")
+def ranks():
+    """Let several processes share a run of main.py: see ranks.py."""
+    with asked("ranks.py") as ask:
+        yield ask
+
+
+# ---------------------------------------------------------------- the same numbers
+
+# nine batches an epoch; the last is of three images, less than one for each of four processes
+IN_DOUBLE = [
+    "--dataset", "Digits", "--image_size", "16", "--limit", "99", "--batch_size", "12", "--num_workers", "0",
+    "--epoch_num", "7", "--log_interval", "1", "--feature_cache", "off", "--weights", "random",
+]  # fmt: skip
+MECOQ = ["--backbone", "convnet", "--M", "2", "--K", "16", "--feat_dim", "8", "--T", "0.3", "--mode", "debias"]
+MECOQ += ["--pos_prior", "0.1", "--queue_begin_epoch", "1", "--queue_size", "40", "--lr", "0.05"]
+SPQ = ["--method", "SPQ", "--M", "2", "--K", "16", "--backbone", "resnet18_tiny", "--no-drop_last"]
+CIBHASH = ["--method", "CIBHash", "--hidden_dim", "32", "--backbone", "convnet"]
+RELEASE = ["--recipe", "release", "--no-detect_anomaly"]
+
+METHODS = {
+    "MeCoQ": MECOQ,
+    "MeCoQ, released": [*MECOQ, *RELEASE],
+    "MeCoQ, features kept": [*MECOQ, "--memory", "feature"],
+    "SPQ": SPQ,
+    "SPQ, released": [*SPQ, *RELEASE, "--lr", "0.001"],
+    "CIBHash": CIBHASH,
+    "CIBHash, released": [*CIBHASH, *RELEASE],
+}
+QUICK = ("MeCoQ", "CIBHash")
+
+
+@pytest.mark.parametrize("name", METHODS if HOSTILE else QUICK)
+def test_processes_compute_what_one_does(ranks, tmp_path, name):
+    """In float64: the loss of each of 63 steps, the weights and codes after them, and on all processes the same bits of
+    weights and memory."""
+    found = {}
+    for count in (1, 2, 4) if HOSTILE else (1, 3):
+        answer = ranks([*IN_DOUBLE, *METHODS[name]], processes=count, double=str(tmp_path / str(count)), timeout=300)
+        assert answer["rc"] == [0] * count, answer["err"]
+        found[count] = [dict(np.load(f"{tmp_path / str(count)}_{rank}.npz")) for rank in range(count)]
+    (expected,) = found.pop(1)
+    assert len(expected["losses"]) == 63
+    assert np.ptp(expected["losses"]) > 0.1
+    for processes in found.values():
+        for each in processes:
+            np.testing.assert_allclose(each["losses"], expected["losses"], rtol=0, atol=1e-9)
+            np.testing.assert_array_equal(each["codes"], expected["codes"])
+            for key in each.keys() - {"losses", "codes"}:
+                np.testing.assert_allclose(each[key], expected[key], rtol=0, atol=1e-7, err_msg=key)
+                np.testing.assert_array_equal(each[key], processes[0][key], err_msg=key)
+
+
+@pytest.mark.parametrize("n", [1, 2, 3, 7, 12])
+@pytest.mark.parametrize("parts", [1, 2, 4, 5])
+def test_the_parts_of_batches_are_the_batches(n, parts):
+    batches = [loaders.ShuffledBatches(n, 4, seed=1) for _ in range(parts + 1)]
+    for part, each in enumerate(batches[1:]):
+        each.share = part, parts
+    for whole, *own in zip(*(each.rows() for each in batches), strict=True):
+        assert torch.equal(torch.cat(own), whole)
+        assert max(map(len, own)) - min(map(len, own)) <= 1
+
+
+# ---------------------------------------------------------------- runs
+
+TRAINED = [*SMALL, *LIVELY, "--epoch_num", "4", "--save_interval", "3"]
+
+
+def shared(ranks, output, *flags, processes=2, **others):
+    return ranks([*TRAINED, "--output", output, "--notes", "small", *flags], processes=processes, **others)
+
+
+def assert_same_bits(ours, theirs):
+    for name in ("model.cpt", "db_codes.npy", "PR_curve.txt", "P_at_topK_curve.txt"):
+        first, second = ((folder / "checkpoints" / "small" / name).read_bytes() for folder in (ours, theirs))
+        assert first == second, name
+
+
+def losses(output):
+    metrics = json.loads((output / "checkpoints" / "small" / "metrics.json").read_text())
+    return [epoch["loss/total_loss"] for epoch in metrics["history"]]
+
+
+@pytest.fixture(scope="module")
+def whole(ranks, tmp_path_factory):
+    """A run of two processes that nothing has stopped, and how long it took."""
+    output = tmp_path_factory.mktemp("whole")
+    answer = shared(ranks, output)
+    assert answer["rc"] == [0, 0], answer["err"]
+    assert answer["out"].count("epoch 0:") == 1
+    return output, answer["seconds"]
+
+
+@pytest.mark.parametrize("number", range(20 if HOSTILE else 1))
+def test_the_death_of_one_process_ends_all_and_the_run_goes_on(ranks, whole, tmp_path, number):
+    """With the same bits."""
+    expected, duration = whole
+    generator = np.random.default_rng([SEED, number])
+    victim, moment = int(generator.integers(2)), float(generator.uniform(0.2, 0.9)) * duration
+    answer = shared(ranks, tmp_path, kill=[victim, signal.SIGKILL, moment])
+    assert answer["seconds"] < 30
+    if answer["rc"][victim] == -signal.SIGKILL:
+        assert answer["rc"][1 - victim] == 1, answer
+        said = [line for line in answer["err"].splitlines() if not line.startswith("WARNING")]
+        assert len(said) == 1
+        assert "another process of this run has ended" in said[0]
+    answer = shared(ranks, tmp_path, "--resume")
+    assert answer["rc"] == [0, 0], answer["err"]
+    assert_same_bits(tmp_path, expected)
+
+
+@pytest.mark.parametrize("victim", [0, 1] if HOSTILE else [1])
+def test_a_signal_to_one_process_stops_all_after_the_same_step(ranks, whole, tmp_path, victim):
+    """Another number of processes goes on with the same batches."""
+    expected, duration = whole
+    answer = shared(ranks, tmp_path, "--save_interval", "1000", kill=[victim, signal.SIGTERM, duration / 2])
+    assert sorted(answer["rc"]) in ([0, 128 + signal.SIGTERM], [0, 0]), answer
+    assert answer["err"].count("SIGTERM") == (max(answer["rc"]) > 0)
+    for processes in (1, 3, 2):
+        copy = tmp_path / str(processes)
+        shutil.copytree(tmp_path, copy, ignore=shutil.ignore_patterns("1", "2", "3"))
+        answer = shared(ranks, copy, "--resume", processes=processes)
+        assert answer["rc"] == [0] * processes, answer["err"]
+        np.testing.assert_allclose(losses(copy), losses(expected), rtol=1e-2)
+    assert_same_bits(copy, expected)
+
+
+@pytest.mark.skipif(not HOSTILE, reason="slower: bash scripts/test.sh --hostile")
+def test_features_are_computed_by_all_and_cached_once(ranks, tmp_path, weights):
+    flags = ["--backbone", "squeezenet1_0", "--weights", weights, "--image_size", "32", "--limit", "600"]
+    flags += ["--feature_cache", str(tmp_path / "cache"), "--epoch_num", "1"]
+    small_run(tmp_path / "1", *LIVELY, *flags)
+    made = {path: path.read_bytes() for path in (tmp_path / "cache").rglob("features.npy")}
+    shutil.rmtree(tmp_path / "cache")
+    for count in (2, 3):
+        answer = shared(ranks, tmp_path / str(count), *flags, processes=count)
+        assert answer["rc"] == [0] * count, answer["err"]
+        assert answer["out"].count("computing the features") == (count == 2)
+        assert {path: path.read_bytes() for path in (tmp_path / "cache").rglob("features.npy")} == made
+
+
+@pytest.mark.skipif(not HOSTILE, reason="slower: bash scripts/test.sh --hostile")
+@pytest.mark.parametrize("flags", [[], ["--views", "pil"], ["--augmentation", "SPQ"]])
+def test_photos_are_shared_out_too(ranks, tmp_path, photo_root, flags):
+    """A batch with fewer images than processes among them."""
+    roots = ["--data_root", str(photo_root / "datasets"), "--list_root", str(photo_root / "data")]
+    flags = [*flags, "--dataset", "Flickr25K", *roots, "--batch_size", "9", "--limit", "10", "--epoch_num", "1"]
+    found = []
+    for count in (1, 3):
+        answer = shared(ranks, tmp_path / str(count), *flags, processes=count)
+        assert answer["rc"] == [0] * count, answer["err"]
+        found.append(losses(tmp_path / str(count)))
+    np.testing.assert_allclose(*found, rtol=1e-3)
+
+
+WRONG = {
+    "a flag": (["--topK", "0"], [], "--topK 0"),
+    "a missing file": (["--weights", "none.pth"], [], "none.pth does not exist"),
+    "small batches": (["--batch_size", "1"], [], "--batch_size 1: less than an image for each of 2 processes"),
+    "other data": ([], ["--seed", "5"], "process 1 has other images, labels or weights than process 0"),
+    "one GPU for all": (["--device", "cuda:1"], [], "torchrun's processes take a GPU each"),
+}
+
+
+@pytest.mark.parametrize("what", WRONG if HOSTILE else ["a flag", "other data"])
+def test_wrong_input_is_said_once(ranks, tmp_path, what):
+    flags, later, line = WRONG[what]
+    answer = shared(ranks, tmp_path, *flags, later=later)
+    assert sorted(answer["rc"]) == [0, 2], answer
+    said = [line for line in answer["err"].splitlines() if not line.startswith("WARNING")]
+    assert len(said) == 1
+    assert line in said[0]
+
+
+@pytest.mark.skipif(not HOSTILE, reason="slower: bash scripts/test.sh --hostile")
+def test_torchrun_starts_it(tmp_path):
+    program = [
+        sys.executable,
+        ROOT / "scripts" / "launch.py",
+        "--standalone",
+        "--nproc_per_node",
+        "2",
+        ROOT / "main.py",
+    ]
+    flags = [*TRAINED, "--output", tmp_path, "--notes", "small"]
+    done = [subprocess.run([*program, *flags], capture_output=True, text=True, check=False, cwd=ROOT) for _ in range(2)]
+    assert [each.returncode for each in done] == [0, 2]
+    assert "results are in" in done[0].stdout
+    (line,) = done[1].stderr.splitlines()
+    assert "holds a run: go on with --resume" in line

@@ -11,23 +11,12 @@ import torch
 from torch import Tensor
 
 import data
+import distributed
 import evaluation
 import loaders
 from checkpoint import Callback, Loop, Signals, StateFile, Training, fingerprint
 from config import Config, code_bits, key, recorded
 from data import Splits
-from distributed import (
-    average_gradients,
-    check_same,
-    copy_from_first,
-    device_name,
-    draw_apart,
-    is_first,
-    is_loss,
-    lost_process,
-    processes,
-    synchronize_batch_norm,
-)
 from feature_cache import Computed, Features, test_features
 from loaders import Preprocessing, TwoViews, ViewOptions
 from methods import BACKBONES, METHODS
@@ -174,11 +163,11 @@ def train_epoch(training: Training, batches: Collection[Tensor]) -> dict[str, fl
     with progress_bar(None, f"epoch {training.epoch}", total=len(batches), done=training.step) as bar:
         for views in batches:
             training.call_back(views)
-            draw_apart(training.seed, training.epoch, training.step)
+            distributed.draw_apart(training.seed, training.epoch, training.step)
             terms = method.loss(views, training.epoch)
             training.optimizer.zero_grad()
             backward(terms["loss/total_loss"])
-            average_gradients(learned)
+            distributed.average_gradients(learned)
             steps.add(training.scheduler.get_last_lr()[0], terms)
             training.optimizer.step()
             training.scheduler.step()
@@ -234,7 +223,7 @@ def train(training: Training, loader: TwoViews, validate: Callable[[], float] | 
 
 def save_best(training: Training, path: Path) -> None:
     """Write the model as it stands; while a GPU trains on. Of several processes, the first does."""
-    if not is_first():
+    if not distributed.is_first():
         return
     written = partial(setattr, training, "saved_best", training.patience.best)
     if training.device.type == "cpu":
@@ -252,7 +241,7 @@ def end_epoch(training: Training, means: dict[str, float], validate: Callable[[]
     if validate and (last or (epoch + 1) % loop.eval_interval == 0):
         try:
             # several processes go on to where they can stop together
-            with training.stopwatch.measure("validate"), signals.deferred(processes() > 1):
+            with training.stopwatch.measure("validate"), signals.deferred(distributed.processes() > 1):
                 entry["val_mAP"] = value = validate()
         except Stopped:
             training.save()
@@ -275,10 +264,10 @@ def naming_checkpoint(path: Path, training: Training) -> Iterator[None]:
     try:
         yield
     except (RunError, OSError, RuntimeError, MemoryError) as error:
-        dead = "DataLoader worker" in str(error) or is_loss(error)
+        dead = "DataLoader worker" in str(error) or distributed.is_loss(error)
         if not isinstance(error, RunError | OSError) and not dead:
             raise
-        reason = lost_process(error) if is_loss(error) else one_line(error)
+        reason = distributed.lost_process(error) if distributed.is_loss(error) else one_line(error)
         best = training.saved_best
         best = f"{path} (val mAP={best:.6f})" if best >= 0 else "none was saved yet"
         place = f"epoch {training.epoch}, step {training.step}"
@@ -298,13 +287,8 @@ def run(config: Config, files: Files, log: Path, state: dict | None = None, sign
     splits, method = build(config)
     told = described(config, splits)
     loader = build_loader(config, splits)
-    loader.share_out()
-    content = fingerprint(splits, method.backbone)
-    check_same(content, "images, labels or weights")
-    synchronize_batch_norm(method)
-    training = start(config, method, loader, files.last, content)
+    training = join(config, splits, method, loader, files.last)
     training.signals, training.check_lock = signals or training.signals, files.check_lock
-    training.validated = splits.validated
     if state:
         training.restore(state)
         LOG.info("going on in epoch %d, with step %d", training.epoch, training.step)
@@ -312,32 +296,47 @@ def run(config: Config, files: Files, log: Path, state: dict | None = None, sign
         features = build_features(config, method.backbone, splits.all if config.normalize_features else splits.tested)
         if config.normalize_features and not state:
             method.centre_features(features["train"])
-    copy_from_first(*method.state_dict().values())
+    distributed.copy_from_first(*method.state_dict().values())
     begin(config, files, log, state)
     if not state:
         training.save()
-    elif training.best_is_now and is_first():  # it may have been stopped before it was written
+    elif training.best_is_now and distributed.is_first():  # it may have been stopped before it was written
         files.check_lock()
         save_model(method, files.model)
     measured = evaluation.Measure(config.topK, config.ties)
     validate = partial(evaluation.validate, method, features, splits, measured) if splits.validated else None
-    with nullcontext() if config.disable_writer or not is_first() else Events(files.tensorboard) as training.events:
+    first = distributed.is_first()
+    with Events(files.tensorboard) if first and not config.disable_writer else nullcontext() as training.events:
         train(training, loader, validate, files.model)
-    if is_first():
+    if first:
         load_best(training, files.model)
         told["model_sha256"] = sha256(files.model)  # before the test: a file may be replaced
-    copy_from_first(*method.state_dict().values())
+    distributed.copy_from_first(*method.state_dict().values())
     with training.stopwatch.measure("test"):
         metrics, codes = evaluation.test(method, features, splits, measured)
         told |= unlabelled(config, method, splits, codes)
-    told |= training.summary()
-    told |= evaluation.beside(method, features, splits, codes, measured)
-    return report(files, splits.database.labels, metrics, codes, measured.ties, told) if is_first() else {}
+    told |= training.summary() | evaluation.beside(method, features, splits, codes, measured)
+    return report(files, splits.database.labels, metrics, codes, measured.ties, told)
+
+
+def join(config: Config, splits: Splits, method: Method, loader: TwoViews, path: Path) -> Training:
+    """A training that has not begun, which all processes of the run share. Raises InputError if they cannot.
+
+    Args:
+        path: of `last.cpt`.
+    """
+    loader.share_out()
+    content = fingerprint(splits, method.backbone)
+    distributed.check_same(content, "images, labels or weights")
+    distributed.synchronize_batch_norm(method)
+    training = start(config, method, loader, path, content)
+    training.validated = splits.validated
+    return training
 
 
 def begin(config: Config, files: Files, log: Path, state: dict | None) -> None:
     """Let a run take its place, once it has all it needs; of several processes, the first does."""
-    if is_first():
+    if distributed.is_first():
         take_place(files, log, state)
         write_json(files.checkpoints / "config.json", recorded(config))
 
@@ -386,12 +385,12 @@ def run_test(config: Config, files: Files, log: Path) -> dict:
         told |= unlabelled(config, method, splits, codes)
     told |= {"epochs_run": 0, "best_epoch": None, "history": [], "seconds": stopwatch.seconds, "model_sha256": digest}
     told |= evaluation.beside(method, features, splits, codes, measured)
-    return report(files, splits.database.labels, metrics, codes, measured.ties, told) if is_first() else {}
+    return report(files, splits.database.labels, metrics, codes, measured.ties, told)
 
 
 def described(config: Config, splits: Splits) -> dict:
     """What `metrics.json` says of a run's configuration, images and code; to be taken when it begins."""
     flags = {name: getattr(config, name) for name in ("topK", "recipe", "method", "notes", "dataset", "seed", "limit")}
     more = {"bits": code_bits(vars(config)), "canonical_data": splits.canonical, "git_commit": git_commit()}
-    where = {"device": device_name(config.device), "processes": processes()}
+    where = {"device": distributed.device_name(config.device), "processes": distributed.processes()}
     return flags | more | where | {"config": recorded(config)}

@@ -228,7 +228,7 @@ def _fill_alone(folder: Path, key: dict[str, object], computed: Computed) -> np.
         if not largest(int(array is not None))[0]:
             fill_cache(folder, key, computed)
             array = read_cache(folder, key) if is_first() else None
-    if array is None and is_first():
+    if not largest(int(array is not None))[0]:  # the others wait here until it is written
         raise InputError(f"{folder} changed while it was written: name another folder with --feature_cache")
     return array
 

@@ -23,6 +23,7 @@ from tensorboard.summary.writer.event_file_writer import EventFileWriter, _Async
 from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 
+from distributed import is_first
 from readers import read_array
 from retrieval import Metrics
 from utils import LOG, InputError, atomic_write, one_line, sha256, write_json
@@ -116,13 +117,16 @@ def save_results(metrics: Metrics | None, db_codes: Tensor, db_labels: np.ndarra
 def report(
     files: Files, db_labels: np.ndarray, metrics: Metrics | None, db_codes: Tensor, ties: str, told: dict
 ) -> dict:
-    """Log and write every result of a test. Returns what went into `metrics.json`.
+    """Log and write every result of a test; of several processes, the first does. Returns what went into
+    `metrics.json`.
 
     Args:
         metrics: None: there are no labels.
         ties: which of `metrics.map_by_ties` is the run's MAP.
         told: what else goes into `metrics.json`; its `config` names the device.
     """
+    if not is_first():
+        return {}
     maps = None
     if metrics:
         maps = metrics.map_by_ties

@@ -1,15 +1,16 @@
 """Lets several forked processes share a run of main.py, as torchrun would, without the seconds that imports take.
 
 Reads a line of JSON for each run, {"argv": [...], "processes": W, "double": path or null, "kill": [rank, signal,
-seconds] or null, "later": more flags of all but the first process, "timeout": seconds}, and answers with another: {"rc": exit
-codes, or minus the signals, "out": ..., "err": ..., "seconds": to the end of the last process, from the signal if there
-was one}. With "double" nothing is written but, by each process, the losses of its steps, its codes, weights and memory,
-all in float64.
+seconds] or null, "later": more flags of all but the first process, "timeout": seconds}, and answers with another:
+{"rc": exit codes, or minus the signals, "out": ..., "err": ..., "seconds": to the end of the last process, from the
+signal if there was one}. With "double" nothing is written but, by each process, the losses of its steps, its codes,
+weights and memory, all in float64.
 """
 
 import json
 import os
 import signal
+import socket
 import sys
 import tempfile
 import time
@@ -66,13 +67,17 @@ def process(request: dict, rank: int, port: int, folder: Path) -> None:
 
 
 def run(request: dict) -> dict:
-    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False, timeout=timedelta(minutes=5))
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
     with tempfile.TemporaryDirectory() as name:
         folder, pids, codes, killed = Path(name), [], {}, time.monotonic()
         for rank in range(request["processes"]):
             pids.append(os.fork())
             if pids[-1] == 0:
-                process(request, rank, store.port, folder)
+                process(request, rank, port, folder)
+        # only now: its threads would not survive a fork
+        store = dist.TCPStore("127.0.0.1", port, is_master=True, wait_for_workers=False, timeout=timedelta(minutes=5))
         if request.get("kill"):
             victim, number, seconds = request["kill"]
             time.sleep(seconds)
@@ -88,6 +93,7 @@ def run(request: dict) -> dict:
                     os.killpg(pid, signal.SIGKILL)
             time.sleep(0.01)
         texts = {name: (folder / name).read_text() for name in ("out", "err") if (folder / name).exists()}
+    del store
     return {"rc": [codes[pid] for pid in pids], "seconds": time.monotonic() - killed} | texts
 
 

@@ -11,6 +11,7 @@ import pytest
 import torch
 from helpers import HOSTILE, LIVELY, ROOT, SEED, SMALL, asked, small_run
 
+import distributed
 import loaders
 
 
@@ -37,7 +38,7 @@ RELEASE = ["--recipe", "release"]
 METHODS = {
     "MeCoQ": MECOQ,
     "MeCoQ, released": [*MECOQ, *RELEASE, "--no-detect_anomaly"],
-    "MeCoQ, features kept": [*MECOQ, "--memory", "feature", "--lr", "0.02"],
+    "MeCoQ, features kept": [*MECOQ, "--memory", "feature", "--limit", "105", "--lr", "0.01"],
     "SPQ": SPQ,
     "SPQ, released": [*SPQ, *RELEASE, "--lr", "0.001"],
     "CIBHash": CIBHASH,
@@ -76,6 +77,21 @@ def test_the_parts_of_batches_are_the_batches(n, parts):
     for whole, *own in zip(*(each.rows() for each in batches), strict=True):
         assert torch.equal(torch.cat(own), whole)
         assert max(map(len, own)) - min(map(len, own)) <= 1
+
+
+def test_numbers_are_drawn_apart_and_again(monkeypatch):
+    """Those of the first process go on as if it were alone."""
+
+    def drawn(rank, *seeds):
+        monkeypatch.setattr(distributed, "rank", lambda: rank)
+        torch.manual_seed(3)
+        distributed.draw_apart(*seeds)
+        return tuple(torch.rand(4).tolist())
+
+    alone = torch.rand(4, generator=torch.Generator().manual_seed(3))
+    assert drawn(0, 1, 2) == drawn(0, 5, 6) == tuple(alone.tolist())
+    assert drawn(1, 1, 2) == drawn(1, 1, 2)
+    assert len({drawn(0, 1, 2), drawn(1, 1, 2), drawn(2, 1, 2), drawn(1, 1, 3)}) == 4
 
 
 # ---------------------------------------------------------------- runs

@@ -149,6 +149,8 @@ def test_a_signal_to_one_process_stops_all_after_the_same_step(ranks, whole, tmp
     answer = shared(ranks, tmp_path, "--save_interval", "1000", kill=[victim, signal.SIGTERM, duration / 2])
     assert sorted(answer["rc"]) in ([0, 128 + signal.SIGTERM], [0, 0]), answer
     assert answer["err"].count("SIGTERM") == (max(answer["rc"]) > 0)
+    log = (tmp_path / "logs" / "small.log").read_text()  # the first process's
+    assert log.rstrip().endswith("stopped by SIGTERM: go on with --resume") == (max(answer["rc"]) > 0)
     for processes in (1, 3, 2):
         copy = tmp_path / str(processes)
         shutil.copytree(tmp_path, copy, ignore=shutil.ignore_patterns("1", "2", "3"))

@@ -1,6 +1,7 @@
 """SPQ's augmentation: against what kornia 0.5.10 gave (golden numbers), and against the installed kornia's own."""
 
 import math
+import sys
 
 import kornia.augmentation as K
 import numpy as np
@@ -151,6 +152,13 @@ def test_augmenting_reads_nothing_from_the_device(variant):
     """See `test_a_step_reads_nothing_from_the_device`."""
     pixels = torch.empty(20, 32, 32, 3, dtype=torch.uint8, device="meta")
     assert spq_views.augment(pixels, drawn(20, (32, 32)), 48, variant, True).shape == (20, 3, 48, 48)
+
+
+def test_that_kornia_is_missing_is_said_before_a_run_begins(images, monkeypatch):
+    spq_views.colours.cache_clear()
+    monkeypatch.setitem(sys.modules, "kornia", None)
+    with pytest.raises(ModuleNotFoundError, match="kornia"):
+        train_loader(images)
 
 
 # ---------------------------------------------------------------- what is drawn

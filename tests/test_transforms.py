@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+from kornia.enhance import adjust_hue
 from PIL import Image
 from scipy import stats
 from sklearn.datasets import load_sample_images
@@ -89,6 +90,15 @@ def test_views_of_photos_on_disk_are_pillows_within_a_level(path, tmp_path):
         assert levels(transforms.augment_crops(crops, numbers), theirs).max() < (5 if path == "large.jpg" else 2)
     options = loaders.ViewOptions("batched", image_size=64, batch_size=1, seed=1)
     assert [len(pair) for pair in loaders.train_loader(Splits(images, images, images), options, "cpu", 0)] == [2]
+
+
+def test_hues_are_kornias_to_the_bit():
+    """All angles up to a turn; greys, black, white and pure colours among the pixels."""
+    levels = torch.tensor([0.0, 1, 2, 51, 128, 254, 255]) / 255
+    corners = torch.cartesian_prod(levels, levels, levels).T.reshape(3, 7, 49)
+    x = torch.cat([corners.expand(80, -1, -1, -1), torch.rand(80, 3, 20, 49)], dim=2)
+    angles = torch.cat([torch.linspace(-2 * np.pi, 2 * np.pi, 41), torch.tensor([0.0, -1e-8, 1e-7]), torch.randn(36)])
+    assert torch.equal(transforms.turned(x, angles[:, None, None]), adjust_hue(x, angles))
 
 
 def test_crops_of_reduced_photos_stay_inside():

@@ -286,10 +286,8 @@ def turned(x: Tensor, angles: Tensor) -> Tensor:
     sixths = torch.where(green >= blue, no_red - no_blue + 2 * spread, no_green - no_red + 4 * spread)
     sixths = torch.where((red >= green) & (red >= blue), no_blue - no_green, sixths)
     angle = turn * (sixths / spread / 6 % 1)
-    for shift in (0.0, angles):
-        angle = torch.remainder(angle + shift, turn)
-        angle = angle.masked_fill(angle >= turn, 0.0)  # of a small negative one, rounding made a whole turn
-    sixths = angle / turn * 6
+    angle = angle.masked_fill(angle >= turn, 0.0)  # of a small negative one, rounding made a whole turn
+    sixths = torch.remainder(angle + angles, turn) / turn * 6
     sextant = sixths.floor() % 6
     within = sixths % 6 - sextant
     low = largest * (1 - saturation)

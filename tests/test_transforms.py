@@ -93,10 +93,11 @@ def test_views_of_photos_on_disk_are_pillows_within_a_level(path, tmp_path):
 
 
 def test_hues_are_kornias_to_the_bit():
-    """All angles up to a turn; greys, black, white and pure colours among the pixels."""
+    """All angles up to a turn; greys, black, white, pure colours and reds that are hardly bluish among the pixels."""
     levels = torch.tensor([0.0, 1, 2, 51, 128, 254, 255]) / 255
     corners = torch.cartesian_prod(levels, levels, levels).T.reshape(3, 7, 49)
     x = torch.cat([corners.expand(80, -1, -1, -1), torch.rand(80, 3, 20, 49)], dim=2)
+    x[:, :, -1] = torch.tensor([1, 0.5, 0.5 + 2**-24])[:, None]
     angles = torch.cat([torch.linspace(-2 * np.pi, 2 * np.pi, 41), torch.tensor([0.0, -1e-8, 1e-7]), torch.randn(36)])
     assert torch.equal(transforms.turned(x, angles[:, None, None]), adjust_hue(x, angles))
 

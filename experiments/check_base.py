@@ -19,6 +19,10 @@ from experiments.profiling import FirstBatches
 from loaders import TwoViews
 
 ROOT = Path(__file__).resolve().parent.parent
+DIGITS = ["--dataset", "Digits", "--weights", "random", "--num_workers", "0", "--feature_cache", "off", "--topK", "50",
+          "--disable_writer"]  # fmt: skip
+MECOQ = ["--M", "2", "--K", "16", "--feat_dim", "8", "--T", "0.3", "--mode", "debias", "--pos_prior", "0.1",
+         "--queue_begin_epoch", "0"]  # fmt: skip
 BATCHES = Path("CIFAR-10") / "cifar-10-batches-py"  # below --data_root
 
 
@@ -97,25 +101,8 @@ class Check:
         """The flags of a small run on Digits. Raises Skipped without scikit-learn, which has them."""
         if find_spec("sklearn") is None:
             raise Skipped("scikit-learn is not installed: the data set Digits comes with it")
-        given = ["--dataset", "Digits", "--weights", "random", "--num_workers", "0", "--feature_cache", "off"]
-        given += ["--topK", "50", "--disable_writer", *self.sizes.small]
-        if "--method" not in flags:
-            given += [
-                "--M",
-                "2",
-                "--K",
-                "16",
-                "--feat_dim",
-                "8",
-                "--T",
-                "0.3",
-                "--mode",
-                "debias",
-                "--pos_prior",
-                "0.1",
-            ]
-            given += ["--queue_begin_epoch", "0"]
-        return [*given, "--device", device or self.device, *flags]
+        own = [] if "--method" in flags else MECOQ
+        return [*DIGITS, *own, *self.sizes.small, "--device", device or self.device, *flags]
 
     @staticmethod
     def ready(config: Config) -> Config:

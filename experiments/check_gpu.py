@@ -26,6 +26,7 @@ from pathlib import Path
 import torch
 import torchvision
 
+from config import parse
 from distributed import check_device, device_name, use_device
 from experiments import check_numbers, check_speed
 from experiments.check_base import BATCHES, CPU_SIZES, Check, Row, Sizes, Skipped, kept_apart, write_images
@@ -205,6 +206,7 @@ def main(argv: list[str] | None = None) -> int:
     own = build_parser().parse_args(argv)
     if not 0 < own.minutes <= 1000:
         raise InputError(f"--minutes {own.minutes}: must be above 0, and at most 1000")
+    own.device = parse(["--device", own.device]).device
     check_device(own.device)
     check_writable(own.results)
     LOG.addHandler(logging.NullHandler())  # warnings that few images mean nothing

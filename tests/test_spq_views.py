@@ -45,14 +45,17 @@ def random_pixels(n, height, width):
 
 
 @pytest.fixture(scope="module")
-def views(golden):
-    """name -> an array of the golden views; images come `[B, H, W, 3]`."""
+def views(golden, device):
+    """name -> an array of the golden views; images come `[B, H, W, 3]`. `views.device`: where they are made."""
     arrays = golden("spq")
-    return lambda name: torch.from_numpy(arrays[f"views/{name}"])
+    given = lambda name: torch.from_numpy(arrays[f"views/{name}"])  # noqa: E731
+    given.device = device
+    return given
 
 
 def assert_golden(views, numbers, name):
-    ours = spq_views.augment(views("image").permute(0, 2, 3, 1), numbers, 32, "SPQ-release")
+    images = views("image").permute(0, 2, 3, 1).to(views.device)
+    ours = spq_views.augment(images, numbers, 32, "SPQ-release").cpu()
     torch.testing.assert_close(ours, views(name), atol=1e-4, rtol=0)
     assert (views("image") - views(name)).abs().mean() > 0.01  # it does something
 
@@ -114,10 +117,10 @@ def by_kornia(pixels, numbers, size, variant):
 
 @pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize(("source", "size"), [((32, 32), 32), ((8, 8), 16), ((32, 32), 96), ((24, 40), 20)])
-def test_views_are_kornias_with_the_same_numbers(source, size, variant):
+def test_views_are_kornias_with_the_same_numbers(source, size, variant, device):
     pixels = random_pixels(60, *source)
     numbers = drawn(60, source)
-    ours = spq_views.augment(pixels, numbers, size, variant)
+    ours = spq_views.augment(pixels.to(device), numbers, size, variant).cpu()
     assert ours.shape == (60, 3, size, size)
     assert ours.dtype == torch.float32
     assert ours.min() >= 0

@@ -64,32 +64,36 @@ class Run:
             if isinstance(module, nn.Dropout):
                 module.p = 0.0
         loader = engine.build_loader(config, splits)
+        features = engine.build_features(config, method.backbone, splits.all)
+        if config.normalize_features:
+            method.centre_features(features["train"])
         training = engine.start(config, method, loader)
         training.events = told = golden.Told()
         for epoch in range(config.epoch_num):
             training.epoch, training.step, training.sums = epoch, 0, {}
             loader.set_epoch(epoch)
             engine.train_epoch(training, loader)
-        features = engine.build_features(config, method.backbone, splits.tested)
         metrics, codes = evaluation.test(method, features, splits, Measure(config.topK, config.ties))
         self.losses, self.codes, self.map = np.array(told.losses), codes.cpu(), metrics.map
 
 
 def small_runs(check: Check) -> Iterator[Row]:
-    """Losses, codes and MAP of two small runs, on a CPU and on the device."""
+    """Small runs on a CPU and on the device. A network that learns from scratch makes much of a rounding: of that, the
+    first losses are compared alone."""
     adam = ["--optimizer", "Adam", "--lr", "0.001"]
-    for name, flags in {
-        "convnet from scratch": ["--backbone", "convnet", *adam],
-        "VGG16, frozen": ["--backbone", "vgg16", "--trainable_layer_num", "0", *adam],
-    }.items():
-        cpu, there = (Run(check, device, *flags) for device in ("cpu", check.device))
-        error = float(np.abs(there.losses / cpu.losses - 1).max())
-        yield Row(f"{name}: losses of {len(cpu.losses)} steps", f"differ by {error:.1e} at most, relatively",
+    for name, flags, most in (
+        ("convnet from scratch", ["--backbone", "convnet"], 5),
+        ("VGG16, frozen", ["--backbone", "vgg16", "--trainable_layer_num", "0", "--normalize_features"], None),
+    ):
+        cpu, there = (Run(check, device, *flags, *adam) for device in ("cpu", check.device))
+        error = float(np.abs(there.losses[:most] / cpu.losses[:most] - 1).max())
+        yield Row(f"{name}: losses of {len(cpu.losses[:most])} steps", f"differ by {error:.1e} at most, relatively",
                   "at most 1e-02", error <= 1e-2, error)  # fmt: skip
-        same = float((there.codes == cpu.codes).double().mean())
-        yield Row(f"{name}: codes", f"{percent(same)} are the same", "at least 80 %", same >= 0.8, same)
-        yield Row(f"{name}: MAP", f"{there.map:.4f}, on the CPU {cpu.map:.4f}", "within 0.05",
-                  abs(there.map - cpu.map) <= 0.05, there.map)  # fmt: skip
+    same, different = float((there.codes == cpu.codes).double().mean()), len(cpu.codes.unique(dim=0))
+    yield Row(f"{name}: codes", f"{percent(same)} are the same; {different} different ones", "at least 90 %",
+              same >= 0.9, same)  # fmt: skip
+    yield Row(f"{name}: MAP", f"{there.map:.4f}, on the CPU {cpu.map:.4f}", "within 0.02",
+              abs(there.map - cpu.map) <= 0.02, there.map)  # fmt: skip
 
 
 def ranking(check: Check) -> Iterator[Row]:

@@ -25,5 +25,9 @@ if [ -n "$missing" ]; then
     echo "error: $python has no $missing: pip install -r requirements.txt" >&2
     exit 2
 fi
+if ! "$python" -c 'import torchvision' 2>/dev/null; then
+    echo "error: $python cannot import torch and torchvision, which must be a matching pair: pip install -r requirements.txt" >&2
+    exit 2
+fi
 export KINETO_LOG_LEVEL=${KINETO_LOG_LEVEL:-5} # of PyTorch's profiler: nothing but what is fatal
 exec "$python" -m experiments.check_gpu --device "$device" "$@"

@@ -495,6 +495,17 @@ MUTATIONS: dict[str, tuple[Mutation, ...]] = {
           "cuda", "reported"),
         M("utils.py", '"out of memory", "ALLOC_FAILED", ', '"out of memory", ', "main", "one_line_there"),
     ),
+    "check of a machine": (
+        M("experiments/check_numbers.py", "places.total() <= 1 and", "places.total() <= 9 and", "check_gpu", "waits"),
+        M("experiments/check_numbers.py", 'path.parts[0] != "tests" and', "", "check_gpu", "waits"),
+        M("experiments/check_numbers.py", "same = len(digests) == 1", "same = True", "check_gpu", "other_bits"),
+        M("experiments/check_numbers.py", "if process.wait() == 0:", "if False:", "check_gpu", "killed"),
+        M("experiments/check_report.py", 'any(row["ok"] is False for row in rows)', "False", "check_gpu", "expected"),
+        M("experiments/check_report.py", "except Exception as error:", "except OSError as error:", "check_gpu",
+          "no_other_down"),
+        M("experiments/check_report.py", "with settings_restored():", "if True:", "check_gpu", "no_other_down"),
+        M("experiments/check_base.py", '.replace("|", "\\\\|")', "", "check_gpu", "no_other_down"),
+    ),
 }  # fmt: skip
 
 ROWS = [mutation for rows in MUTATIONS.values() for mutation in rows]

@@ -17,7 +17,7 @@ from pretended_gpu import MISSING, pretended_gpu
 import data
 import transforms
 from data import Source
-from experiments import check_gpu, check_numbers, check_speed
+from experiments import check_gpu, check_numbers, check_report, check_speed
 from experiments.check_base import Check, Row, Sizes, Skipped, write_images
 from methods.mecoq import MeCoQ
 from utils import RunError, run_script
@@ -35,7 +35,7 @@ needs_pretended = pytest.mark.skipif(bool(MISSING), reason=f"this PyTorch has no
 @pytest.fixture(autouse=True)
 def _small(monkeypatch):
     thin_vgg(monkeypatch)
-    monkeypatch.setattr(check_gpu, "write_images", lambda root: None)
+    monkeypatch.setattr(check_report, "write_images", lambda root: None)
     monkeypatch.setattr(check_speed, "matmul_peak", lambda *_: 1e12)
     monkeypatch.setattr(check_speed, "copy_bandwidth", lambda *_: 1e10)
     threads, tf32 = torch.get_num_threads(), torch.backends.cudnn.allow_tf32
@@ -48,12 +48,23 @@ def _small(monkeypatch):
 
 
 def rows_of(section: str, folder: Path, device: str = "cpu") -> list[Row]:
-    return list(check_gpu.SECTIONS[section](Check(device, TINY, Path("datasets"), folder)))
+    return list(check_gpu.functions([section])[section](Check(device, TINY, Path("datasets"), folder)))
 
 
 def checked(folder: Path, *flags: str) -> int:
     """The exit code of a check on the CPU."""
     return run_script(lambda: check_gpu.main(["--device", "cpu", "--results", str(folder), *flags]))
+
+
+@pytest.fixture
+def sections(monkeypatch):
+    """Let these, by name, be all sections."""
+
+    def be(**functions):
+        monkeypatch.setattr(check_gpu, "SECTIONS", functions)
+        monkeypatch.setattr(check_gpu, "functions", lambda names: {name: functions[name] for name in names})
+
+    return be
 
 
 def found(folder: Path) -> dict:
@@ -158,7 +169,7 @@ def test_random_images_are_in_cifar10s_files(tmp_path):
 # ---------------------------------------------------------------- the table
 
 
-def test_a_section_that_fails_takes_no_other_down(tmp_path, monkeypatch, capsys):
+def test_a_section_that_fails_takes_no_other_down(tmp_path, sections, capsys):
     def broken(_):
         yield Row("a | b", "1 %", value=0.01)
         torch.backends.cudnn.allow_tf32 = not torch.backends.cudnn.allow_tf32
@@ -171,7 +182,7 @@ def test_a_section_that_fails_takes_no_other_down(tmp_path, monkeypatch, capsys)
     def fine(_):
         yield Row("c", "2", "2", True)
 
-    monkeypatch.setattr(check_gpu, "SECTIONS", {"one": broken, "two": skipped, "three": fine})
+    sections(one=broken, two=skipped, three=fine)
     before = torch.backends.cudnn.allow_tf32
     assert checked(tmp_path) == 1
     assert torch.backends.cudnn.allow_tf32 == before
@@ -186,31 +197,30 @@ def test_a_section_that_fails_takes_no_other_down(tmp_path, monkeypatch, capsys)
     assert not found(tmp_path)["failed"]
 
 
-def test_what_is_not_as_expected_is_a_failure(tmp_path, monkeypatch, capsys):
+def test_what_is_not_as_expected_is_a_failure(tmp_path, sections, capsys):
     def wrong(_):
         yield Row("c", "3", "2", False)
 
-    monkeypatch.setattr(check_gpu, "SECTIONS", {"one": wrong})
+    sections(one=wrong)
     assert checked(tmp_path) == 1
     output = capsys.readouterr()
     assert "| one | c | FAILED: 3 | 2 |" in output.out
     assert "one: FAILED, see the table" in output.err
 
 
-def test_an_interrupt_leaves_what_was_measured(tmp_path, monkeypatch, capsys):
+def test_an_interrupt_leaves_what_was_measured(tmp_path, sections, capsys):
     def interrupted(_):
         yield Row("b", "2")
         raise KeyboardInterrupt
 
-    never = {"three": lambda _: pytest.fail("it went on")}
-    monkeypatch.setattr(check_gpu, "SECTIONS", {"one": lambda _: iter([Row("a", "1")]), "two": interrupted} | never)
+    sections(one=lambda _: iter([Row("a", "1")]), two=interrupted, three=lambda _: pytest.fail("it went on"))
     assert checked(tmp_path) == 130
     assert "| two | b | 2 |" in capsys.readouterr().out
     assert list(found(tmp_path)["sections"]) == ["one", "two"]
 
 
-def test_when_the_time_is_over_no_section_begins(tmp_path, monkeypatch):
-    monkeypatch.setattr(check_gpu, "SECTIONS", {"one": lambda _: time.sleep(0.1) or iter(()), "two": pytest.fail})
+def test_when_the_time_is_over_no_section_begins(tmp_path, sections):
+    sections(one=lambda _: time.sleep(0.1) or iter(()), two=pytest.fail)
     assert checked(tmp_path, "--minutes", "0.001") == 0
     assert found(tmp_path)["sections"]["two"]["state"] == "skipped: 0.001 minutes are over"
 

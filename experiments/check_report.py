@@ -41,8 +41,8 @@ def machine(check: Check) -> Iterator[Row]:
             used = use_device(check.device, precision)
             flags = torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32
             found = f"runs in {used}; TF32 in convolutions {flags[0]}, in matrix products {flags[1]}"
-            yield Row(f"--precision {precision}", found, f"{precision}, no TF32 in fp32",
-                      used == precision and not (precision == "fp32" and any(flags)))  # fmt: skip
+            exact = precision == "fp32"  # a GPU without bfloat16 runs in fp32 throughout
+            yield Row(f"--precision {precision}", found, "no TF32" * exact, not any(flags) if exact else None)
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     yield Row("cores", f"{cores}, {torch.get_num_threads()} threads of PyTorch", value=cores)
     yield Row("not installed", ", ".join(name for name in OPTIONAL if find_spec(name) is None) or "nothing")
@@ -102,9 +102,10 @@ def carry_out(name: str, function: Callable[[Check], Iterator[Row]], check: Chec
     section = report.sections[name] = {"state": "done", "seconds": 0.0, "rows": []}
     start = time.perf_counter()
     try:
-        if check.on_gpu:
-            torch.cuda.reset_peak_memory_stats(check.device)
         with settings_restored():
+            if check.on_gpu:
+                use_device(check.device, "bf16")
+                torch.cuda.reset_peak_memory_stats(check.device)
             for row in function(check):
                 section["rows"].append(vars(row))
         if check.on_gpu and name != "memory":

@@ -47,7 +47,7 @@ def step(check: Check) -> Iterator[Row]:
     share = flops(lambda: method.loss(batch, 0)["loss/total_loss"].backward()) / whole
     share /= matmul_peak(config.precision, check.device)
     yield Row("the step's operations", f"{percent(share)} of a {config.precision} matrix product", value=share)
-    yield from profiled(check, training, loader, n)
+    yield from profiled(check, training, loader, n, whole * n)
 
 
 def parts(check: Check, training: Training, loader: TwoViews, n: int) -> dict[str, float]:
@@ -74,11 +74,15 @@ def parts(check: Check, training: Training, loader: TwoViews, n: int) -> dict[st
     }
 
 
-def profiled(check: Check, training: Training, loader: TwoViews, n: int) -> Iterator[Row]:
-    """The share of several steps in which the device is idle, and the kernels that take longest."""
+def profiled(check: Check, training: Training, loader: TwoViews, n: int, wall: float) -> Iterator[Row]:
+    """The share of n steps in which the device is idle, and the kernels that take longest.
+
+    Args:
+        wall: seconds of these steps without a profiler, which would slow the host down.
+    """
     wanted = (ProfilerActivity.CPU, ProfilerActivity.CUDA) if check.on_gpu else (ProfilerActivity.CPU,)
     with profile(activities=[activity for activity in wanted if activity in supported_activities()]) as profiler:
-        wall = seconds(lambda: first_steps(training, loader, n), check.device)
+        seconds(lambda: first_steps(training, loader, n), check.device)
     events = profiler.key_averages()
     if check.on_gpu:
         ours = [event for event in events if event.device_type.name == "CUDA" and not annotation(event)]
@@ -88,7 +92,7 @@ def profiled(check: Check, training: Training, loader: TwoViews, n: int) -> Iter
             return
         busy = sum(time for time, _ in times)
         idle = max(1 - busy / wall, 0.0)
-        yield Row(f"{n} steps under the profiler: device idle", percent(idle), value=idle)
+        yield Row(f"{n} steps: waiting, the device is idle", percent(idle), value=idle)
     else:
         times = [(event.self_cpu_time_total / 1e6, event) for event in events if not annotation(event)]
         busy = sum(time for time, _ in times)

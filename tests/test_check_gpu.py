@@ -20,6 +20,7 @@ from data import Source
 from experiments import check_gpu, check_numbers, check_report, check_speed
 from experiments.check_base import Check, Row, Sizes, Skipped, write_images
 from methods.mecoq import MeCoQ
+from results import StepLog
 from utils import RunError, run_script
 
 TINY = Sizes(
@@ -109,7 +110,10 @@ def test_waits_are_found_by_file_and_line(tmp_path, monkeypatch):
     assert step.ok
     assert step.found.startswith("1: 1 in results.py:")
     assert all(row.ok for row in ranking)
-    original = MeCoQ.after_step
+    original, add = MeCoQ.after_step, StepLog.add
+    with pretended_gpu(), monkeypatch.context() as patch:
+        patch.setattr(StepLog, "add", lambda self, *terms: (add(self, *terms), self.read()))
+        assert not rows_of("waits", tmp_path, "cuda:0")[0].ok
 
     def after_step(self):
         original(self)

@@ -257,6 +257,7 @@ def spq_loader(
     splits: Splits, options: ViewOptions, batches: ShuffledBatches, device: str, num_workers: int
 ) -> TwoViews:
     """The same by SPQ's augmentation. Of images on disk, workers resize the whole to `[S, S]` first."""
+    spq_views.colours(options.augmentation)  # imports kornia, before anything of an earlier run is removed
     images, S = splits.train, options.image_size
     if images.on_disk:
         read, size = SeededViews(partial(whole_photo, images, S)), (S, S)

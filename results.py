@@ -12,21 +12,23 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import PIL
 import torch
 import torchvision
-from tensorboard.backend.event_processing.event_file_loader import LegacyEventFileLoader  # keeps values as they are
-from tensorboard.summary.writer.event_file_writer import EventFileWriter, _AsyncWriterThread
 from torch import Tensor
-from torch.utils.tensorboard import SummaryWriter
 
 from distributed import is_first
 from readers import read_array
 from retrieval import Metrics
 from utils import LOG, InputError, atomic_write, one_line, sha256, write_json
+
+if TYPE_CHECKING:
+    from torch.utils.tensorboard import SummaryWriter
 
 RUN_FILES = (
     "config.json", "last.cpt", "model.cpt", "db_codes.npy", "db_targets.npy", "PR_curve.txt", "P_at_topK_curve.txt",
@@ -151,8 +153,10 @@ class Events:
     def __init__(self, folder: Path) -> None:
         self.writer: SummaryWriter | None = None
         try:
-            self.writer = SummaryWriter(str(folder))
-        except OSError as error:
+            from torch.utils import tensorboard
+
+            self.writer = tensorboard.SummaryWriter(str(folder))
+        except (ImportError, OSError) as error:
             self._give_up(error)
 
     def add_scalar(self, tag: str, value: float, step: int) -> None:
@@ -171,10 +175,10 @@ class Events:
 
     def _leave_to_next_call(self, error: threading.ExceptHookArgs) -> None:
         """Print no traceback of the thread that writes: the next call of the writer raises its error again."""
-        if not isinstance(error.thread, _AsyncWriterThread):
+        if type(error.thread).__name__ != "_AsyncWriterThread":
             self.hook(error)
 
-    def _try(self, action: Callable[[SummaryWriter], object]) -> None:
+    def _try(self, action: "Callable[[SummaryWriter], object]") -> None:
         try:
             if self.writer:
                 action(self.writer)
@@ -261,10 +265,13 @@ def _log_before(path: Path, epoch: int) -> list[str]:
 
 
 def _cut_events(files: Files, epoch: int, step: int) -> None:
-    """Leave TensorBoard's values of earlier steps and epochs, once each."""
+    """Leave TensorBoard's values of earlier steps and epochs, once each; without TensorBoard, all of them."""
     old = files.events()
-    if not old:
+    if not old or find_spec("tensorboard") is None:
         return
+    from tensorboard.backend.event_processing.event_file_loader import LegacyEventFileLoader  # keeps values as they are
+    from tensorboard.summary.writer.event_file_writer import EventFileWriter
+
     shutil.rmtree(files.new_events, ignore_errors=True)
     writer, seen = EventFileWriter(str(files.new_events)), set()
     for path in old:

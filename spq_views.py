@@ -3,25 +3,14 @@
 `SPQ-release` computes what kornia 0.5.10 does, the version that the authors' release names: brightness adds, contrast
 multiplies, saturation is that of HSV, and the blur is one kernel along the rows. `SPQ` computes what kornia does since:
 brightness multiplies, contrast and saturation blend with grey, and the blur is isotropic, its sigma random. Both are
-made from the same numbers.
+made from the same numbers. kornia is imported where it is used: nothing else needs it.
 """
 
 import math
 from collections.abc import Callable
-from functools import partial
+from functools import cache, partial
 
 import torch
-from kornia.color import rgb_to_grayscale
-from kornia.enhance import (
-    adjust_brightness,
-    adjust_brightness_accumulative,
-    adjust_contrast,
-    adjust_contrast_with_mean_subtraction,
-    adjust_hue,
-    adjust_saturation,
-    adjust_saturation_with_gray_subtraction,
-)
-from kornia.filters import gaussian_blur2d
 from torch import Tensor
 
 import transforms
@@ -69,7 +58,7 @@ def augment(pixels: Tensor, drawn: Tensor, image_size: int, variant: str, normal
     """
     x = cropped(pixels if pixels.is_floating_point() else pixels / 255, drawn, image_size)
     for place in range(4):
-        for index, operation in enumerate(COLOURS[variant]):
+        for index, operation in enumerate(colours(variant)):
             change(x, drawn[:, ORDER][:, place] == index, operation, drawn[:, FACTORS][:, index])
     change(x, drawn[:, GREYED] > 0, grey)
     change(x, drawn[:, SIGMA] > 0, BLURS[variant], drawn[:, SIGMA])
@@ -116,24 +105,32 @@ def corner_weights(start: Tensor, length: Tensor, n: int, size: int) -> Tensor:
 
 
 def added_brightness(x: Tensor, factor: Tensor) -> Tensor:
+    from kornia.enhance import adjust_brightness
+
     return adjust_brightness(x, factor - 1)
 
 
 def hue(x: Tensor, factor: Tensor) -> Tensor:
     """`factor` in full turns of the colour circle."""
-    return adjust_hue(x, 2 * math.pi * factor)
+    return transforms.turned(x, (2 * math.pi * factor).to(x.device, non_blocking=True)[:, None, None])
 
 
 def grey(x: Tensor) -> Tensor:
+    from kornia.color import rgb_to_grayscale
+
     return rgb_to_grayscale(x).expand(-1, 3, -1, -1)
 
 
 def isotropic_blur(x: Tensor, sigma: Tensor) -> Tensor:
+    from kornia.filters import gaussian_blur2d
+
     return gaussian_blur2d(x, kernel_side(x.shape[-1]), sigma[:, None].expand(-1, 2))
 
 
 def horizontal_blur(x: Tensor, sigma: Tensor) -> Tensor:
     """A blur along the rows, nearly none along the columns: kornia 0.5.10 took the range of sigmas for these two."""
+    from kornia.filters import gaussian_blur2d
+
     sigmas = torch.tensor([BLUR_SIGMAS]).expand(len(sigma), -1)
     return gaussian_blur2d(x, kernel_side(x.shape[-1]), sigmas)
 
@@ -143,13 +140,19 @@ def kernel_side(image_size: int) -> int:
     return max(image_size // 10 | 1, 3)
 
 
-COLOURS = {  # brightness, contrast, saturation, hue
-    "SPQ": (
-        adjust_brightness_accumulative,
-        adjust_contrast_with_mean_subtraction,
-        adjust_saturation_with_gray_subtraction,
+@cache
+def colours(variant: str) -> tuple[Callable[[Tensor, Tensor], Tensor], ...]:
+    """Brightness, contrast, saturation and hue of a variant. Raises ModuleNotFoundError without kornia."""
+    from kornia import enhance
+
+    if variant == "SPQ-release":
+        return added_brightness, enhance.adjust_contrast, enhance.adjust_saturation, hue
+    return (
+        enhance.adjust_brightness_accumulative,
+        enhance.adjust_contrast_with_mean_subtraction,
+        enhance.adjust_saturation_with_gray_subtraction,
         hue,
-    ),
-    "SPQ-release": (added_brightness, adjust_contrast, adjust_saturation, hue),
-}
+    )
+
+
 BLURS = {"SPQ": isotropic_blur, "SPQ-release": horizontal_blur}

@@ -13,7 +13,6 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from kornia.enhance import adjust_hue
 from PIL import Image
 from torch import Tensor
 from torchvision import transforms
@@ -273,7 +272,37 @@ def saturation(x: Tensor, factor: Tensor, _: Tensor) -> Tensor:
 
 def hue(x: Tensor, factor: Tensor, _: Tensor) -> Tensor:
     """`factor` in full turns of the colour circle."""
-    return (adjust_hue(x / 255, 2 * torch.pi * factor.flatten()) * 255).round() if len(x) else x
+    return (turned(x / 255, 2 * torch.pi * factor[:, 0]) * 255).round() if len(x) else x
+
+
+def turned(x: Tensor, angles: Tensor) -> Tensor:
+    """Images `[B, 3, H, W]` in [0, 1], the hues of their HSV turned by `angles` `[B, 1, 1]`; to the last bit what
+    kornia 0.9 makes of them."""
+    turn, largest = 2 * math.pi, x.amax(dim=1)
+    spread = largest - x.amin(dim=1)
+    saturation = spread / torch.where(largest == 0, 1.0, largest + 1e-8)
+    spread = torch.where(spread == 0, 1.0, spread)
+    (red, green, blue), (no_red, no_green, no_blue) = x.unbind(dim=1), (largest[:, None] - x).unbind(dim=1)
+    sixths = torch.where(green >= blue, no_red - no_blue + 2 * spread, no_green - no_red + 4 * spread)
+    sixths = torch.where((red >= green) & (red >= blue), no_blue - no_green, sixths)
+    angle = turn * (sixths / spread / 6 % 1)
+    angle = angle.masked_fill(angle >= turn, 0.0)  # of a small negative one, rounding made a whole turn
+    sixths = torch.remainder(angle + angles, turn) / turn * 6
+    sextant = sixths.floor() % 6
+    within = sixths % 6 - sextant
+    low = largest * (1 - saturation)
+    falling, rising = largest * (1 - within * saturation), largest * (1 - (1 - within) * saturation)
+    channels = []
+    for values in (
+        (largest, falling, low, low, rising, largest),
+        (rising, largest, largest, falling, low, low),
+        (low, low, rising, largest, largest, falling),
+    ):
+        channel = values[-1]
+        for number, value in enumerate(values[:-1]):
+            channel = torch.where(sextant == number, value, channel)
+        channels.append(channel)
+    return torch.stack(channels, dim=1)
 
 
 def from_bytes(x: Tensor, normalized: bool) -> Tensor:

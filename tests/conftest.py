@@ -19,6 +19,15 @@ from helpers import GOLDEN, LIVELY, ROOT, small_run, write_cifar10, write_flickr
 from methods.backbones import build_backbone
 
 
+# a session's, as Hypothesis wants it
+@pytest.fixture(scope="session", params=["cpu", *(["cuda:0"] if torch.cuda.is_available() else [])])
+def device(request):
+    """Each device that is there; its float32 is no TF32."""
+    if request.param != "cpu":
+        torch.backends.cudnn.allow_tf32 = False
+    return request.param
+
+
 @pytest.fixture(autouse=True)
 def _seeded():
     torch.manual_seed(0)

@@ -18,6 +18,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import sklearn.datasets  # noqa: F401, what runs import late is here already
 import torch
+import torch.utils.tensorboard
 
 import checkpoint
 import engine  # noqa: F401

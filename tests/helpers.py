@@ -13,10 +13,12 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import pytest
 import torch
+import torchvision
 from PIL import Image
 from sklearn.datasets import load_sample_images
 
@@ -82,6 +84,21 @@ def no_backbone(dim: int) -> torch.nn.Module:
     backbone = torch.nn.Identity()
     backbone.dim = dim
     return backbone
+
+
+def thin_vgg(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let VGG16 have the same blocks, thin."""
+    real = torchvision.models.get_model
+
+    def get_model(name, **options):
+        if name != "vgg16":
+            return real(name, **options)
+        with mock.patch.object(torch.nn, "Linear", lambda *_: torch.nn.Identity()):  # 500 MB less
+            net = torchvision.models.VGG(torchvision.models.vgg.make_layers([8, "M"] * 5), init_weights=False)
+        net.classifier[0], net.classifier[3] = torch.nn.Linear(8 * 49, 32), torch.nn.Linear(32, 4096)
+        return net
+
+    monkeypatch.setattr(torchvision.models, "get_model", get_model)
 
 
 def hamming_map(queries: np.ndarray, database: np.ndarray, splits: Splits, K: int) -> float:

@@ -12,6 +12,7 @@ pretended GPU are skipped.
 """
 
 import sys
+import warnings
 from argparse import Namespace
 from collections import Counter
 from collections.abc import Iterator
@@ -118,7 +119,7 @@ class PretendedGPU(TorchDispatchMode):
 
     def __init__(self, root: Path) -> None:
         super().__init__()
-        self.root, self.pinned, self.free = str(root), [], 2**33
+        self.root, self.pinned, self.free, self.warns = str(root), [], 2**33, "default"
         self.seed(0)
         self.forget()
 
@@ -140,6 +141,8 @@ class PretendedGPU(TorchDispatchMode):
 
     def wait(self, why: str) -> None:
         self.waits[(*self.place(), why)] += 1
+        if self.warns == "warn":
+            warnings.warn("called a synchronizing CUDA operation", stacklevel=2)
 
     def to_host(self, x: Tensor, non_blocking: bool = False) -> Tensor:
         with torch._C._DisableTorchDispatch():
@@ -303,6 +306,7 @@ def _fakes(gpu: PretendedGPU) -> dict[object, dict[str, object]]:
             "get_rng_state": lambda *_: gpu.rng.clone(), "set_rng_state": gpu.set_rng_state, "manual_seed": gpu.seed,
             "manual_seed_all": gpu.seed, "reset_peak_memory_stats": _nothing, "max_memory_allocated": lambda *_: 2**20,
             "mem_get_info": lambda *_: (gpu.free, 2**34), "synchronize": _nothing, "_lazy_init": _nothing,
+            "set_sync_debug_mode": lambda mode: setattr(gpu, "warns", mode),
         },
         torch.accelerator: {
             "is_available": lambda: True, "current_accelerator": lambda *_, **__: torch.device("cuda"),

@@ -34,12 +34,12 @@ def config_of(*flags):
     return parse([*RUN, *flags])
 
 
-def encoder_of(numbers, prefix, suffix, *flags):
+def encoder_of(numbers, prefix, suffix, device, *flags):
     """The method without a backbone, in double precision, with golden weights."""
-    weights = {name: torch.from_numpy(numbers[f"{prefix}/{name}{suffix}"]).double() for name in LAYERS}
+    weights = {name: torch.from_numpy(numbers[f"{prefix}/{name}{suffix}"]).double().to(device) for name in LAYERS}
     (hidden, dim), bits = weights["W1"].shape, len(weights["b2"])
     config = parse(["--method", "CIBHash", "--code_length", str(bits), "--hidden_dim", str(hidden), *flags])
-    method = cibhash.build(no_backbone(dim), config).double()
+    method = cibhash.build(no_backbone(dim), config).double().to(device)
     for name, key in LAYERS.items():
         method.get_parameter(key).data = weights[name]
     return method
@@ -54,19 +54,19 @@ def bare(bits=16, **choices):
 
 def relative_error(ours, theirs):
     theirs = torch.as_tensor(theirs, dtype=torch.float64)
-    return float((ours.detach().double() - theirs).abs().max() / theirs.abs().max())
+    return float((ours.detach().cpu().double() - theirs).abs().max() / theirs.abs().max())
 
 
 # ---------------------------------------------------------------- golden numbers
 
 
 @pytest.mark.parametrize("case", range(4))
-def test_golden_losses_and_gradients(case, golden, monkeypatch):
+def test_golden_losses_and_gradients(case, golden, device, monkeypatch):
     numbers = golden("cibhash")
     c = json.loads(str(numbers["config"]))["cases"][case]
     flags = ["--recipe", "release", "--T", str(c["T"]), "--kl_weight", str(c["weight"])]
-    method = encoder_of(numbers, case, "", *flags)
-    views = torch.cat([torch.from_numpy(numbers[f"{case}/f_{v}"]) for v in "ij"]).double().requires_grad_()
+    method = encoder_of(numbers, case, "", device, *flags)
+    views = torch.cat([torch.from_numpy(numbers[f"{case}/f_{v}"]) for v in "ij"]).double().to(device).requires_grad_()
     seen, original = {}, {name: getattr(loss, name) for name in ("contrastive_loss", "log_negative_term")}
 
     def contrastive_loss(z_i, z_j, **options):
@@ -94,15 +94,17 @@ def test_golden_losses_and_gradients(case, golden, monkeypatch):
     z = torch.cat([seen["z_i"], seen["z_j"]]).detach()
     assert relative_error(z @ z.T / z.shape[1] / c["T"], numbers[f"{case}/sim"]) < 1e-6
     for name in ("z_i", "z_j"):
-        np.testing.assert_array_equal(seen[name].detach(), numbers[f"{case}/{name}"])
+        np.testing.assert_array_equal(seen[name].detach().cpu(), numbers[f"{case}/{name}"])
 
 
 @pytest.mark.parametrize("alphabet", ["pm", "01"])
-def test_golden_bernoulli_draws(alphabet, golden, monkeypatch):
+def test_golden_bernoulli_draws(alphabet, golden, device, monkeypatch):
     """Codes, loss and gradients of given draws, through the method."""
     numbers = golden("cibhash")
     c = json.loads(str(numbers["config"]))["bernoulli"]
-    p, u = (torch.cat([torch.from_numpy(numbers[f"bernoulli/{x}_{v}"]).double() for v in "ij"]) for x in "pu")
+    p, u = (
+        torch.cat([torch.from_numpy(numbers[f"bernoulli/{x}_{v}"]) for v in "ij"]).double().to(device) for x in "pu"
+    )
     method = bare(c["bits"], T=c["T"], alphabet=alphabet, sampling="bernoulli", kl_weight=0.0)
     seen, original = [], loss.contrastive_loss
     monkeypatch.setattr(loss, "contrastive_loss", lambda *z, T: seen.append(torch.cat(z)) or original(*z, T=T))
@@ -111,18 +113,18 @@ def test_golden_bernoulli_draws(alphabet, golden, monkeypatch):
     total = method.loss(logits, 0)["loss/total_loss"]
     total.backward()
     expected = {x: np.concatenate([numbers[f"bernoulli/{alphabet}/{x}_{v}"] for v in "ij"]) for x in ("z", "g_p")}
-    np.testing.assert_array_equal(seen[0].detach(), expected["z"])
+    np.testing.assert_array_equal(seen[0].detach().cpu(), expected["z"])
     assert relative_error(total, numbers[f"bernoulli/{alphabet}/contra"]) < 1e-9
     assert relative_error(logits.grad / (p * (1 - p)), expected["g_p"]) < 1e-6
 
 
-def test_golden_trace(golden):
+def test_golden_trace(golden, device):
     """40 steps of Adam of the encoder, through the flags, the optimiser and the engine."""
     numbers = golden("cibhash")
     c = json.loads(str(numbers["config"]))["trace"]
     flags = ["--recipe", "release", "--T", str(c["T"]), "--kl_weight", str(c["weight"]), "--lr", str(c["lr"])]
-    method = encoder_of(numbers, "trace", "_0", *flags)
-    views = list(torch.from_numpy(numbers["trace/features"]).double().flatten(1, 2))
+    method = encoder_of(numbers, "trace", "_0", device, *flags)
+    views = list(torch.from_numpy(numbers["trace/features"]).double().to(device).flatten(1, 2))
     steps = [views[step % c["batches"]] for step in range(c["steps"])]
     told = Namespace(values={})
     told.add_scalar = lambda tag, value, step: told.values.setdefault(tag, []).append(value)
@@ -134,20 +136,20 @@ def test_golden_trace(golden):
     for name, key in LAYERS.items():
         assert relative_error(method.get_parameter(key), numbers[f"trace/{name}"]) < 1e-6, name
     codes = method.codes(method(views[0][: c["N"]]))
-    np.testing.assert_array_equal(np.unpackbits(codes.numpy(), axis=1), numbers["trace/code"] > 0)
+    np.testing.assert_array_equal(np.unpackbits(codes.cpu().numpy(), axis=1), numbers["trace/code"] > 0)
 
 
 @pytest.mark.parametrize("bits", [16, 64])
-def test_golden_retrieval(bits, golden):
+def test_golden_retrieval(bits, golden, device):
     """Hamming distances, and MAP with ties in database order, from packed codes."""
     numbers, part = golden("cibhash"), f"retrieval{bits}"
     method = bare(bits)
-    z = {name: torch.from_numpy(numbers[f"{part}/{name}_codes"]).float() for name in ("query", "db")}
+    z = {name: torch.from_numpy(numbers[f"{part}/{name}_codes"]).float().to(device) for name in ("query", "db")}
     queries, codes = method.query(z["query"]), method.codes(z["db"])
     scores = retrieval.aqs_scores(method.tables(queries[:8]), codes)
-    np.testing.assert_array_equal((bits - scores) / 2, numbers[f"{part}/hamming"])
+    np.testing.assert_array_equal((bits - scores.cpu()) / 2, numbers[f"{part}/hamming"])
     for kind, labels in (("single", "class"), ("multi", "multi")):
-        relevant = [torch.from_numpy(numbers[f"{part}/{name}_{labels}"]) for name in ("query", "db")]
+        relevant = [torch.from_numpy(numbers[f"{part}/{name}_{labels}"]).to(device) for name in ("query", "db")]
         for topK in (50, 1000, None):
             found = retrieval.evaluate(method.tables, queries, codes, relevant, topK).map
             assert found == pytest.approx(float(numbers[f"{part}/{kind}/MAP@{topK}"]), abs=1e-4)

@@ -9,8 +9,7 @@ from unittest import mock
 import numpy as np
 import pytest
 import torch
-import torchvision
-from helpers import HOSTILE, call, change_images, splits_of
+from helpers import HOSTILE, call, change_images, splits_of, thin_vgg
 from pretended_gpu import MISSING, pretended_gpu
 
 import checkpoint
@@ -77,18 +76,7 @@ def gpu():
 
 @pytest.fixture(autouse=True)
 def _small_vgg(monkeypatch):
-    """VGG16 with the same blocks, thin."""
-    real = torchvision.models.get_model
-
-    def get_model(name, **options):
-        if name != "vgg16":
-            return real(name, **options)
-        with mock.patch.object(torch.nn, "Linear", lambda *_: torch.nn.Identity()):  # 500 MB less
-            net = torchvision.models.VGG(torchvision.models.vgg.make_layers([8, "M"] * 5), init_weights=False)
-        net.classifier[0], net.classifier[3] = torch.nn.Linear(8 * 49, 32), torch.nn.Linear(32, 4096)
-        return net
-
-    monkeypatch.setattr(torchvision.models, "get_model", get_model)
+    thin_vgg(monkeypatch)
 
 
 def configured(*given: str, device: str = "cuda") -> config.Config:

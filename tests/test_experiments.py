@@ -267,6 +267,7 @@ DRY = [
     *((f"experiments.{name}", ["--device", "cuda:7", "--data_root", "nowhere"]) for name in EXPERIMENTS),
     ("experiments.report", ["nothing", "--device", "cuda:7"]),
     ("experiments.compare_published", ["--output", "nowhere", "--logs", "no.log", "--tables", "no.csv"]),
+    ("experiments.check_gpu", ["--device", "cuda:7", "--data_root", "nowhere"]),
     ("scripts.benchmark", ["run", "--device", "cuda:7", "--data_root", "nowhere"]),
     ("scripts.inspect_checkpoint", ["nowhere"]),
 ]  # fmt: skip

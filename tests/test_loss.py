@@ -100,16 +100,16 @@ def test_an_empty_memory_changes_nothing():
 @pytest.mark.parametrize("rho", [0.0, 0.1, 0.9])
 @pytest.mark.parametrize("N", [1, 2, 32])
 @pytest.mark.parametrize("kind", ["random", "alike", "opposite", "zero"])
-def test_contrastive_loss_and_gradient_stay_finite(T, rho, N, kind):
+def test_contrastive_loss_and_gradient_stay_finite(T, rho, N, kind, device):
     """16 codebooks, low temperature, degenerate batches, and a last batch of one image."""
-    view1 = torch.randn(N, 16 * 8)
-    view2 = torch.randn(N, 16 * 8)
+    view1 = torch.randn(N, 16 * 8, device=device)
+    view2 = torch.randn(N, 16 * 8, device=device)
     if kind == "alike":
-        view1 = view2 = torch.ones(N, 16 * 8)
+        view1 = view2 = torch.ones(N, 16 * 8, device=device)
     elif kind == "opposite":
         view2 = -view1
     elif kind == "zero":
-        view1 = view2 = torch.zeros(N, 16 * 8)
+        view1 = view2 = torch.zeros(N, 16 * 8, device=device)
     for memory in (None, view2[:1].clone()):
         leaf = view1.clone().requires_grad_()
         value = loss.contrastive_loss(leaf, view2, memory, T=T, pos_prior=rho)
@@ -154,10 +154,10 @@ def test_regulariser_gradients_against_finite_differences():
     assert torch.autograd.gradcheck(lambda x: loss.code_entropy(x.softmax(-1)), logits)
 
 
-def test_golden_regularisers_and_quantization_error(golden):
+def test_golden_regularisers_and_quantization_error(golden, device):
     numbers = golden("release_loss")
     for i, c in enumerate(json.loads(str(numbers["config"]))):
-        x, C, p, h = (torch.from_numpy(numbers[f"{i}/{name}"]) for name in ("x1", "C", "p1", "h1"))
+        x, C, p, h = (torch.from_numpy(numbers[f"{i}/{name}"]).to(device) for name in ("x1", "C", "p1", "h1"))
         segments = F.normalize(x.view(-1, c["M"], c["D"]), dim=-1)
         ours = [
             loss.code_entropy(p),
@@ -165,27 +165,28 @@ def test_golden_regularisers_and_quantization_error(golden):
             loss.quantization_error(segments, h.view_as(segments)),
         ]
         expected = [numbers[f"{i}/{name}"] for name in ("entropy", "diversity", "err1")]
-        np.testing.assert_allclose(ours, expected, rtol=1e-5)
+        np.testing.assert_allclose([float(term) for term in ours], expected, rtol=1e-5)
 
 
 def relative_error(ours, expected):
+    ours = ours.cpu().numpy()
     return float(np.linalg.norm(ours - expected) / np.linalg.norm(expected))
 
 
-def test_golden_release_losses_and_gradients(golden):
+def test_golden_release_losses_and_gradients(golden, device):
     """Total, its terms and the gradients of both embeddings, as the released code computes them in five settings."""
     numbers = golden("release_loss")
     release = {flag: recipe_defaults("release")[flag] for flag in LOSS_FLAGS}
     for i, c in enumerate(json.loads(str(numbers["config"]))):
-        x1, x2 = (torch.from_numpy(numbers[f"{i}/{name}"]).requires_grad_() for name in ("x1", "x2"))
-        quantizer = CodebookAttention(Codebooks(c["M"], c["K"], c["M"] * c["D"], alpha=10.0, trained=False))
-        quantizer.codebooks.data = torch.from_numpy(numbers[f"{i}/C"])
+        x1, x2 = (torch.from_numpy(numbers[f"{i}/{name}"]).to(device).requires_grad_() for name in ("x1", "x2"))
+        quantizer = CodebookAttention(Codebooks(c["M"], c["K"], c["M"] * c["D"], alpha=10.0, trained=False)).to(device)
+        quantizer.codebooks.data = torch.from_numpy(numbers[f"{i}/C"]).to(device)
         p, h = quantizer(torch.cat([x1, x2]))
         memory = None
         if c["q"]:
-            codes = torch.from_numpy(numbers[f"{i}/queue_codes"])
+            codes = torch.from_numpy(numbers[f"{i}/queue_codes"]).to(device)
             memory = quantizer.reconstruct(codes, quantizer.codewords()).flatten(1)
-            assert relative_error(memory.numpy(), numbers[f"{i}/queue_feats"]) < 1e-5
+            assert relative_error(memory, numbers[f"{i}/queue_feats"]) < 1e-5
         contrastive = loss.contrastive_loss(
             *h.flatten(1).chunk(2), memory, T=c["T"], pos_prior=c["rho"] if c["mode"] == "debias" else 0.0, **release
         )
@@ -197,7 +198,7 @@ def test_golden_release_losses_and_gradients(golden):
         for name, value in ours.items():
             assert float(value.detach()) == pytest.approx(float(numbers[f"{i}/{name}"]), rel=1e-5), (i, name)
         for name, x in (("gx1", x1), ("gx2", x2)):
-            assert relative_error(x.grad.numpy(), numbers[f"{i}/{name}"]) < 1e-5, (i, name)
+            assert relative_error(x.grad, numbers[f"{i}/{name}"]) < 1e-5, (i, name)
 
 
 @settings(deadline=None, max_examples=40)
@@ -207,7 +208,7 @@ def test_golden_release_losses_and_gradients(golden):
     st.integers(0, 2**30),
 )  # fmt: skip
 def test_every_combination_of_flags_is_its_sum_in_plain_loops(
-    N, memory_size, T, rho, pairing, debias_memory, bound, normalize, seed
+    device, N, memory_size, T, rho, pairing, debias_memory, bound, normalize, seed
 ):
     g = torch.Generator().manual_seed(seed)
     view1, view2 = torch.randn(2, N, 4, generator=g, dtype=torch.float64) + 0.5
@@ -233,7 +234,7 @@ def test_every_combination_of_flags_is_its_sum_in_plain_loops(
                 negative = max((negative - rho * (n if debias_memory else n_batch) * positive) / (1 - rho), least)
             terms.append(-math.log(positive / (positive + negative)))
     ours = loss.contrastive_loss(
-        view1, view2, memory, T=T, pos_prior=rho, pairing=pairing, debias_memory=debias_memory, negative_bound=bound,
-        normalize_memory=normalize,
+        *(x.to(device) for x in (view1, view2, memory)), T=T, pos_prior=rho, pairing=pairing,
+        debias_memory=debias_memory, negative_bound=bound, normalize_memory=normalize,
     )  # fmt: skip
     assert float(ours) == pytest.approx(sum(terms) / len(terms), rel=1e-9, abs=1e-12)

@@ -24,7 +24,7 @@ from utils import InputError
 
 def quantizer_of(codewords, alpha=10.0):
     M, K, d = codewords.shape
-    quantizer = CodebookAttention(Codebooks(M, K, M * d, alpha)).to(codewords.dtype)
+    quantizer = CodebookAttention(Codebooks(M, K, M * d, alpha)).to(codewords.device, codewords.dtype)
     quantizer.codebooks.data = codewords.clone()
     return quantizer
 
@@ -32,28 +32,28 @@ def quantizer_of(codewords, alpha=10.0):
 # ---------------------------------------------------------------- quantizer
 
 
-def test_golden_codes_and_reconstruction(golden):
+def test_golden_codes_and_reconstruction(golden, device):
     numbers = golden("release_loss")
     for i, c in enumerate(json.loads(str(numbers["config"]))):
-        x, C = (torch.from_numpy(numbers[f"{i}/{name}"]) for name in ("x1", "C"))
+        x, C = (torch.from_numpy(numbers[f"{i}/{name}"]).to(device) for name in ("x1", "C"))
         assert C.shape == (c["M"], c["K"], c["D"])
         quantizer = quantizer_of(C)
         soft_codes, reconstruction = quantizer(x)
-        np.testing.assert_allclose(soft_codes.detach(), numbers[f"{i}/p1"], atol=1e-6)
-        np.testing.assert_allclose(reconstruction.detach().flatten(1), numbers[f"{i}/h1"], atol=1e-6)
-        np.testing.assert_array_equal(quantizer.hard_codes(x), numbers[f"{i}/hard1"])
+        np.testing.assert_allclose(soft_codes.detach().cpu(), numbers[f"{i}/p1"], atol=1e-6)
+        np.testing.assert_allclose(reconstruction.detach().cpu().flatten(1), numbers[f"{i}/h1"], atol=1e-6)
+        np.testing.assert_array_equal(quantizer.hard_codes(x).cpu(), numbers[f"{i}/hard1"])
         error = loss.quantization_error(quantizer.segments(x), reconstruction)
         assert error.item() == pytest.approx(float(numbers[f"{i}/err1"]), rel=1e-5)
 
 
-def test_quantizer_is_its_equations():
+def test_quantizer_is_its_equations(device):
     """Eq. 1-5 and 15 in NumPy loops, from codebooks that are not of unit length."""
     B, M, K, d, alpha = 5, 3, 7, 4, 6.0
     codebooks = torch.randn(M, K, d, dtype=torch.float64)
     z = torch.randn(B, M * d, dtype=torch.float64)
-    quantizer = quantizer_of(codebooks, alpha)
-    soft_codes, reconstruction = quantizer(z)
-    codes = quantizer.hard_codes(z)
+    quantizer = quantizer_of(codebooks.to(device), alpha)
+    soft_codes, reconstruction = (x.detach().cpu() for x in quantizer(z.to(device)))
+    codes = quantizer.hard_codes(z.to(device)).cpu()
     assert codes.dtype == torch.uint8
     for b in range(B):
         for m in range(M):
@@ -62,8 +62,8 @@ def test_quantizer_is_its_equations():
             words = np.stack([c / np.sqrt((c**2).sum()) for c in codebooks[m].numpy()])
             p = np.exp(alpha * words @ segment)
             p /= p.sum()
-            np.testing.assert_allclose(soft_codes[b, m].detach(), p, rtol=1e-12)
-            np.testing.assert_allclose(reconstruction[b, m].detach(), p @ words, rtol=1e-10)
+            np.testing.assert_allclose(soft_codes[b, m], p, rtol=1e-12)
+            np.testing.assert_allclose(reconstruction[b, m], p @ words, rtol=1e-10)
             assert codes[b, m] == ((words - segment) ** 2).sum(axis=1).argmin()
 
 
@@ -117,12 +117,12 @@ def test_zero_embedding_has_finite_codes():
 
 @settings(deadline=None)
 @given(st.integers(1, 12), st.lists(st.integers(0, 15), max_size=12))
-def test_memory_is_a_queue(size, batches):
-    memory, queue, count = CodeMemory(size, 1, 2), [], 0
+def test_memory_is_a_queue(device, size, batches):
+    memory, queue, count = CodeMemory(size, 1, 2).to(device), [], 0
     for batch in batches:
         rows = torch.arange(count, count + batch, dtype=torch.float32)
         count += batch
-        memory.enqueue(rows[:, None, None].expand(-1, 1, 2))
+        memory.enqueue(rows[:, None, None].expand(-1, 1, 2).to(device))
         queue = (queue + rows.tolist())[-size:]
         entries = memory.entries()
         assert entries.shape == (len(queue), 1, 2)
@@ -132,13 +132,13 @@ def test_memory_is_a_queue(size, batches):
 
 @settings(deadline=None)
 @given(st.integers(1, 40), st.integers(1, 9), st.lists(st.integers(1, 9), max_size=12))
-def test_a_memory_that_moves_on_by_whole_batches(size, whole, batches):
+def test_a_memory_that_moves_on_by_whole_batches(device, size, whole, batches):
     """As the released queue: a partial batch leaves older entries where it did not write. Slots as a dictionary."""
     batches = [min(batch, whole, size) for batch in batches]
-    memory, slots, count = CodeMemory(size, 1, 1, advance=whole), {}, 0
+    memory, slots, count = CodeMemory(size, 1, 1, advance=whole).to(device), {}, 0
     for number, batch in enumerate(batches):
         rows = torch.arange(count, count + batch, dtype=torch.float32)
-        memory.enqueue(rows[:, None, None])
+        memory.enqueue(rows[:, None, None].to(device))
         slots |= {(number * whole + i) % size: count + i for i in range(batch)}
         count += batch
         assert sorted(memory.entries().flatten().tolist()) == sorted(slots.values())
@@ -258,7 +258,7 @@ def test_objective_is_equation_14_over_both_views_and_the_memory():
     torch.testing.assert_close(method.memory.codes[11:21], p.detach())
 
 
-def test_golden_release_trace(golden):
+def test_golden_release_trace(golden, device):
     """60 steps of the released code, memory from epoch 2 on: loss, weights, codebooks and queue."""
     numbers = golden("release_trace")
     c = json.loads(str(numbers["config"]))
@@ -269,11 +269,11 @@ def test_golden_release_trace(golden):
         epoch_num=c["epochs"], warmup_epoch_num=c["warmup_epochs"], feat_dim=c["M"] * c["D"], memory="soft",
         **{name: c[name] for name in shared},
     )  # fmt: skip
-    method = mecoq.build(no_backbone(c["feat_in"]), config)
+    method = mecoq.build(no_backbone(c["feat_in"]), config).to(device)
     method.projection.weight.data, method.projection.bias.data, method.quantizer.codebooks.data = (
-        torch.from_numpy(numbers[name]) for name in ("W0", "b0", "C0")
+        torch.from_numpy(numbers[name]).to(device) for name in ("W0", "b0", "C0")
     )
-    steps = list(torch.from_numpy(numbers["feats"]).flatten(1, 2))
+    steps = list(torch.from_numpy(numbers["feats"]).to(device).flatten(1, 2))
     writer = Namespace(losses=[])
     writer.add_scalar = lambda tag, value, step: tag == "loss/total_loss" and writer.losses.append(value)
     training = engine.start(config, method, steps[: c["steps_per_epoch"]])
@@ -282,6 +282,7 @@ def test_golden_release_trace(golden):
         training.epoch, training.step, training.sums = epoch, 0, {}
         engine.train_epoch(training, steps[epoch * c["steps_per_epoch"] :][: c["steps_per_epoch"]])
     np.testing.assert_allclose(writer.losses, numbers["loss"], atol=1e-4)
+    method.cpu()
     np.testing.assert_allclose(method.projection.weight.detach(), numbers["W"], atol=1e-4)
     np.testing.assert_allclose(method.projection.bias.detach(), numbers["b"], atol=1e-4)
     np.testing.assert_allclose(method.quantizer.codewords(), numbers["C"], atol=1e-4)

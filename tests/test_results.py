@@ -2,6 +2,7 @@
 
 import errno
 import json
+import sys
 import tokenize
 
 import numpy as np
@@ -187,6 +188,25 @@ def test_tensorboard_that_cannot_be_written_stops_nothing(tmp_path, monkeypatch)
         events.flush()
     assert len(said) == 1
     assert "going on without them" in said[0][0]
+
+
+def test_a_run_goes_on_if_tensorboard_is_not_installed(tmp_path, monkeypatch):
+    """And what an earlier one left of it stays."""
+    said, left = [], tmp_path / "events.out.tfevents.1"
+    left.write_bytes(b"x")
+    monkeypatch.setattr(utils.LOG, "warning", lambda *words: said.append(words))
+    for name in [name for name in sys.modules if name.partition(".")[0] == "tensorboard" or "utils.tensorb" in name]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.delattr(torch.utils, "tensorboard", raising=False)
+    monkeypatch.setitem(sys.modules, "tensorboard", None)
+    with Events(tmp_path) as events:
+        events.add_scalar("lr", 1.0, 0)
+    assert len(said) == 1
+    assert "going on without them" in said[0][0]
+    files = Files(tmp_path, "x")
+    monkeypatch.setattr(Files, "tensorboard", tmp_path)
+    take_place(files, files.log, {"epoch": 0, "steps": 0})
+    assert left.read_bytes() == b"x"
 
 
 # ---------------------------------------------------------------- how long it took

@@ -199,6 +199,44 @@ def test_the_quick_start_can_be_tried_without_training(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+# ---------------------------------------------------------------- check_gpu.sh
+
+
+@pytest.mark.parametrize(
+    ("arguments", "device"),
+    [
+        ([], "cuda:0"),
+        (["cpu"], "cpu"),
+        (["2"], "cuda:2"),
+        (["--results", "x"], "cuda:0"),
+        (["1", "--results", "x"], "cuda:1"),
+    ],
+)  # fmt: skip
+def test_the_first_argument_of_the_check_is_the_device_if_there_is_one(arguments, device, stub):
+    call = stub("scripts/check_gpu.sh", *arguments)[1][-1]
+    assert call[:3] == ["experiments.check_gpu", "--device", device]
+    assert call[3:] == [argument for argument in arguments if argument in ("--results", "x")]
+
+
+@pytest.mark.parametrize("argument", ["", "cuda", "0a"])
+def test_the_check_says_how_it_is_called(argument, stub):
+    result, calls = stub("scripts/check_gpu.sh", argument)
+    assert (result.returncode, calls) == (2, [])
+    assert result.stderr.startswith("error: usage: ")
+    assert result.stderr.count("\n") == 1
+
+
+def test_the_check_names_what_it_cannot_do_without(tmp_path):
+    """In an environment in which two packages cannot be found."""
+    hidden = "import sys\nsys.modules['tqdm'] = sys.modules['PIL'] = None\n"
+    (tmp_path / "sitecustomize.py").write_text(hidden)
+    environment = os.environ | {"MECOQ_PYTHON": sys.executable, "PYTHONPATH": str(tmp_path)}
+    command = ["bash", "scripts/check_gpu.sh", "cpu"]
+    result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert result.returncode == 2
+    assert result.stderr == f"error: {sys.executable} has no PIL tqdm: pip install -r requirements.txt\n"
+
+
 # ---------------------------------------------------------------- the environment
 
 

@@ -40,14 +40,15 @@ def codebooks_of(C, M):
 
 
 def quantizer_of(C, M, scale=5.0):
-    quantizer = SoftQuantizer(M, len(C), C.shape[1] // M, scale).to(torch.as_tensor(C).dtype)
+    C = torch.as_tensor(C)
+    quantizer = SoftQuantizer(M, len(C), C.shape[1] // M, scale).to(C.device, C.dtype)
     quantizer.codebooks.data = codebooks_of(C, M)
     return quantizer
 
 
 def relative_error(ours, theirs):
     theirs = torch.as_tensor(theirs, dtype=torch.float64)
-    return float((ours.detach().double() - theirs).abs().max() / theirs.abs().max())
+    return float((ours.detach().cpu().double() - theirs).abs().max() / theirs.abs().max())
 
 
 # ---------------------------------------------------------------- golden numbers
@@ -55,12 +56,12 @@ def relative_error(ours, theirs):
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
 @pytest.mark.parametrize("case", range(4))
-def test_golden_losses_and_gradients(case, dtype, golden, monkeypatch):
+def test_golden_losses_and_gradients(case, dtype, golden, device, monkeypatch):
     """Soft codes, reconstructions, codes, cosines, logits, losses and gradients, through the method itself."""
     numbers = golden("spq")
     c = json.loads(str(numbers["config"]))["cases"][case]
     given = {name: numbers[f"{case}/{name}"] for name in ("x_a", "x_b", "C")}
-    x_a, x_b, C = (torch.from_numpy(array).to(dtype) for array in given.values())
+    x_a, x_b, C = (torch.from_numpy(array).to(device, dtype) for array in given.values())
     method = SPQ(no_backbone(1), quantizer_of(C, c["M"], c["tau_q"]), Objective(c["tau"], "all", "both"))
     method.head = nn.Identity()
     seen, original = [], loss.log_negative_term
@@ -85,7 +86,7 @@ def test_golden_losses_and_gradients(case, dtype, golden, monkeypatch):
     for name, value in ours.items():
         assert relative_error(value, numbers[f"{case}/{name}"]) < 1e-5, name
     for x, name in ((x_a, "a"), (x_b, "b")):
-        np.testing.assert_array_equal(method.codes(x), numbers[f"{case}/code_{name}"])
+        np.testing.assert_array_equal(method.codes(x).cpu(), numbers[f"{case}/code_{name}"])
     for name, x, z in (("ab", x_a, ours["z_b"]), ("ba", x_b, ours["z_a"])):
         U = F.normalize(torch.cat([x, z]), dim=1)
         assert relative_error(U @ U.T, numbers[f"{case}/cos_{name}"]) < 1e-5
@@ -93,7 +94,7 @@ def test_golden_losses_and_gradients(case, dtype, golden, monkeypatch):
     assert relative_error(method.loss(views, 0)["loss/total_loss"], numbers[f"{case}/cross_only"]) < 1e-5
 
 
-def test_golden_trace(golden):
+def test_golden_trace(golden, device):
     """40 steps of Adam of head and quantizer, through the flags, the optimiser and the engine."""
     numbers = golden("spq")
     c = json.loads(str(numbers["config"]))["trace"]
@@ -101,10 +102,10 @@ def test_golden_trace(golden):
     flags = ["--M", "--K", "--L", "--soft_quantization_scale", "--T", "--lr", "--hp_beta"]
     pairs = [str(word) for pair in zip(flags, values, strict=True) for word in pair]
     config = parse(["--method", "SPQ", "--recipe", "release", "--disable_scheduler", *pairs])
-    method = spq.build(no_backbone(c["feat"]), config).double()
-    W, b, C = (torch.from_numpy(numbers[f"trace/{name}0"]).double() for name in "WbC")
+    method = spq.build(no_backbone(c["feat"]), config).double().to(device)
+    W, b, C = (torch.from_numpy(numbers[f"trace/{name}0"]).double().to(device) for name in "WbC")
     method.head.weight.data, method.head.bias.data, method.quantizer.codebooks.data = W, b, codebooks_of(C, c["M"])
-    views = list(torch.from_numpy(numbers["trace/features"]).double().flatten(1, 2))
+    views = list(torch.from_numpy(numbers["trace/features"]).double().to(device).flatten(1, 2))
     steps = [views[step % c["batches"]] for step in range(c["steps"])]
     writer = Namespace(losses=[])
     writer.add_scalar = lambda tag, value, step: tag == "loss/total_loss" and writer.losses.append(value)
@@ -127,7 +128,7 @@ def fill(parameter, j, is_weight):
     parameter.data.copy_(values.view(parameter.shape))
 
 
-def test_golden_network(golden):
+def test_golden_network(golden, device):
     numbers = golden("spq")
     net = json.loads(str(numbers["config"]))["net"]
     torch.manual_seed(0)
@@ -139,7 +140,8 @@ def test_golden_network(golden):
         assert name == theirs.replace("shortcut", "downsample").replace("fc_out", "fc")
         assert list(parameter.shape) == shape
         fill(parameter, j, name.endswith("weight"))
-    image = torch.from_numpy(numbers["net/image"])
+    image = torch.from_numpy(numbers["net/image"]).to(device)
+    backbone.to(device)
     with torch.no_grad():
         single = backbone.eval()(image)  # float32, whatever `--precision`: all of it is learned
         exact = backbone.net.double().eval()(image.double())
@@ -151,17 +153,17 @@ def test_golden_network(golden):
 
 
 @pytest.mark.parametrize("name", ["retrieval", "ties"])
-def test_golden_retrieval(name, golden):
+def test_golden_retrieval(name, golden, device):
     """Distances, and MAP with ties in database order, from the method's tables."""
     numbers = {key.removeprefix(f"{name}/"): array for key, array in golden("spq").items() if key.startswith(name)}
-    queries, codes = torch.from_numpy(numbers["query"]), torch.from_numpy(numbers["db_codes"])
-    method = SPQ(no_backbone(1), quantizer_of(torch.from_numpy(numbers["C"]), codes.shape[1]), Objective())
+    queries, codes, C = (torch.from_numpy(numbers[key]).to(device) for key in ("query", "db_codes", "C"))
+    method = SPQ(no_backbone(1), quantizer_of(C, codes.shape[1]), Objective())
     queries = method.query(queries)
     with torch.inference_mode():
         scores = retrieval.aqs_scores(method.tables(queries[:8]), codes)
-        np.testing.assert_allclose(-scores, numbers["distance"], atol=1e-4)
+        np.testing.assert_allclose(-scores.cpu(), numbers["distance"], atol=1e-4)
         for kind, labels in (("single", "class"), ("multi", "multi")):
-            relevant = [torch.from_numpy(numbers[f"{part}_{labels}"]) for part in ("query", "db")]
+            relevant = [torch.from_numpy(numbers[f"{part}_{labels}"]).to(device) for part in ("query", "db")]
             for topK in (50, 1000, None):
                 found = retrieval.evaluate(method.tables, queries, codes, relevant, topK).map
                 assert found == pytest.approx(float(numbers[f"{kind}/MAP@{topK}"]), abs=1e-4)

@@ -1,6 +1,7 @@
 """SPQ's augmentation: against what kornia 0.5.10 gave (golden numbers), and against the installed kornia's own."""
 
 import math
+import sys
 
 import kornia.augmentation as K
 import numpy as np
@@ -44,14 +45,17 @@ def random_pixels(n, height, width):
 
 
 @pytest.fixture(scope="module")
-def views(golden):
-    """name -> an array of the golden views; images come `[B, H, W, 3]`."""
+def views(golden, device):
+    """name -> an array of the golden views; images come `[B, H, W, 3]`. `views.device`: where they are made."""
     arrays = golden("spq")
-    return lambda name: torch.from_numpy(arrays[f"views/{name}"])
+    given = lambda name: torch.from_numpy(arrays[f"views/{name}"])  # noqa: E731
+    given.device = device
+    return given
 
 
 def assert_golden(views, numbers, name):
-    ours = spq_views.augment(views("image").permute(0, 2, 3, 1), numbers, 32, "SPQ-release")
+    images = views("image").permute(0, 2, 3, 1).to(views.device)
+    ours = spq_views.augment(images, numbers, 32, "SPQ-release").cpu()
     torch.testing.assert_close(ours, views(name), atol=1e-4, rtol=0)
     assert (views("image") - views(name)).abs().mean() > 0.01  # it does something
 
@@ -113,10 +117,10 @@ def by_kornia(pixels, numbers, size, variant):
 
 @pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize(("source", "size"), [((32, 32), 32), ((8, 8), 16), ((32, 32), 96), ((24, 40), 20)])
-def test_views_are_kornias_with_the_same_numbers(source, size, variant):
+def test_views_are_kornias_with_the_same_numbers(source, size, variant, device):
     pixels = random_pixels(60, *source)
     numbers = drawn(60, source)
-    ours = spq_views.augment(pixels, numbers, size, variant)
+    ours = spq_views.augment(pixels.to(device), numbers, size, variant).cpu()
     assert ours.shape == (60, 3, size, size)
     assert ours.dtype == torch.float32
     assert ours.min() >= 0
@@ -151,6 +155,13 @@ def test_augmenting_reads_nothing_from_the_device(variant):
     """See `test_a_step_reads_nothing_from_the_device`."""
     pixels = torch.empty(20, 32, 32, 3, dtype=torch.uint8, device="meta")
     assert spq_views.augment(pixels, drawn(20, (32, 32)), 48, variant, True).shape == (20, 3, 48, 48)
+
+
+def test_that_kornia_is_missing_is_said_before_a_run_begins(images, monkeypatch):
+    spq_views.colours.cache_clear()
+    monkeypatch.setitem(sys.modules, "kornia", None)
+    with pytest.raises(ModuleNotFoundError, match="kornia"):
+        train_loader(images)
 
 
 # ---------------------------------------------------------------- what is drawn

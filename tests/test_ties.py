@@ -19,15 +19,15 @@ from retrieval import Measure
 
 def found(scores, labels, topK, ties="expected"):
     """AP@K of each query, of scores that are given."""
-    scores = torch.as_tensor(scores, dtype=torch.float32)
-    rows = torch.arange(len(scores))[:, None]
+    scores = torch.as_tensor(scores, dtype=torch.float32).to(labels[1].device)
+    rows = torch.arange(len(scores), device=scores.device)[:, None]
     return retrieval.average_precisions(lambda rows: scores[rows[:, 0]], rows, labels, Measure(topK, ties))
 
 
 def evaluated(scores, labels, topK):
     """Metrics of scores that are given, as tables of one codebook with a codeword for each image."""
-    scores = torch.as_tensor(scores, dtype=torch.float32)
-    codes = torch.arange(scores.shape[1])[:, None]
+    scores = torch.as_tensor(scores, dtype=torch.float32).to(labels[1].device)
+    codes = torch.arange(scores.shape[1], device=scores.device)[:, None]
     return retrieval.evaluate(lambda tables: tables, scores[:, None], codes, labels, topK)
 
 
@@ -48,7 +48,7 @@ SCORES = st.sampled_from([0.0, -0.0, 1.5, -2.0, math.inf])
 
 @settings(deadline=None, max_examples=150)
 @for_all(st.integers(1, 6), st.integers(1, 3), st.booleans(), st.data())
-def test_it_is_the_mean_over_all_orders_of_equal_scores(n, Q, multi_label, data):
+def test_it_is_the_mean_over_all_orders_of_equal_scores(device, n, Q, multi_label, data):
     scores = [data.draw(st.lists(SCORES, min_size=n, max_size=n)) for _ in range(Q)]
     topK = data.draw(st.one_of(st.none(), st.integers(1, n + 2)))
     if multi_label:
@@ -58,9 +58,9 @@ def test_it_is_the_mean_over_all_orders_of_equal_scores(n, Q, multi_label, data)
     else:
         labels = torch.tensor(data.draw(st.lists(st.integers(0, 2), min_size=n + Q, max_size=n + Q)))
         relevant = [[bool(q == d) for d in labels[Q:]] for q in labels[:Q]]
-    labels = labels[:Q], labels[Q:]
+    labels = labels[:Q].to(device), labels[Q:].to(device)
     expected = [float(over_all_orders(s, r, topK or n)) for s, r in zip(scores, relevant, strict=True)]
-    np.testing.assert_allclose(found(scores, labels, topK), expected, atol=1e-12)
+    np.testing.assert_allclose(found(scores, labels, topK).cpu(), expected, atol=1e-12)
     assert evaluated(scores, labels, topK).expected_map == pytest.approx(np.mean(expected), abs=1e-12)
 
 
@@ -138,7 +138,7 @@ def test_both_zeros_are_one_score(topK):
 
 
 @pytest.mark.parametrize("K", [1, 4, 10, 39])
-def test_every_way_to_rank_gives_the_same(K, monkeypatch):
+def test_every_way_to_rank_gives_the_same(K, device, monkeypatch):
     """The partial one of a GPU, the partial one of a CPU, and the complete one."""
     generator = torch.Generator().manual_seed(K)
     scores = torch.randint(-3, 3, (25, 40), generator=generator).float()
@@ -149,7 +149,9 @@ def test_every_way_to_rank_gives_the_same(K, monkeypatch):
     monkeypatch.setattr(retrieval, "_in_threads", lambda _, numbers: keys.append(torch.from_numpy(numbers)))
     retrieval.ranking(scores, relevant, 40)  # left unsorted
     monkeypatch.undo()
-    for other in (retrieval.ranking(scores, relevant, K), retrieval._ranking_by_topk(keys[0], K), whole.first(K)):
+    there = vars(retrieval.ranking(scores.to(device), relevant.to(device), K))
+    there = retrieval.Ranking(**{name: x.cpu() for name, x in there.items()})
+    for other in (there, retrieval._ranking_by_topk(keys[0], K), whole.first(K)):
         assert torch.equal(other.relevant, whole.relevant[:, :K])
         of_last = scores == scores.sort(dim=1, descending=True)[0][:, K - 1 : K]
         counts = [of_last.sum(dim=1), (of_last & relevant).sum(dim=1)]

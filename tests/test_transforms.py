@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+from kornia.enhance import adjust_hue
 from PIL import Image
 from scipy import stats
 from sklearn.datasets import load_sample_images
@@ -49,10 +50,10 @@ def levels(a, b):
 
 
 @pytest.mark.parametrize(("source", "size"), [((8, 8), 16), ((8, 8), 5), ((20, 30), 48)])
-def test_views_of_tiny_images_are_pillows_with_the_same_numbers(source, size):
+def test_views_of_tiny_images_are_pillows_with_the_same_numbers(source, size, device):
     pixels = np.random.default_rng(0).integers(0, 256, (60, *source, 3), dtype=np.uint8)
     numbers = drawn(60, *source)
-    ours = transforms.augment_small(torch.from_numpy(pixels), numbers, size)
+    ours = transforms.augment_small(torch.from_numpy(pixels).to(device), numbers, size).cpu()
     difference = (ours - by_pillow(pixels, numbers, size)).mul(STD * 255).abs()
     assert ours.shape == (60, 3, size, size)
     assert difference.mean() < 0.5  # Pillow's hues are bytes
@@ -63,13 +64,12 @@ def test_views_of_tiny_images_are_pillows_with_the_same_numbers(source, size):
 
 
 @pytest.mark.parametrize("size", [32, 96, 128])
-def test_views_of_small_photos_are_pillows_within_a_level(size):
+def test_views_of_small_photos_are_pillows_within_a_level(size, device):
     """Colours come before the enlargement here. 150 views of a photograph at 32 x 32 pixels."""
     pixels = np.repeat(photo((32, 32))[None], 150, axis=0)
     numbers = drawn(150, 32, 32)
-    difference = levels(
-        transforms.augment_small(torch.from_numpy(pixels), numbers, size), by_pillow(pixels, numbers, size)
-    )
+    ours = transforms.augment_small(torch.from_numpy(pixels).to(device), numbers, size).cpu()
+    difference = levels(ours, by_pillow(pixels, numbers, size))
     assert difference.mean() < 1.2
     assert difference.max() < 5
     untouched = numbers[:, 5] < 0
@@ -78,7 +78,7 @@ def test_views_of_small_photos_are_pillows_within_a_level(size):
 
 
 @pytest.mark.parametrize("path", ["large.jpg", "small.jpg", "grey.png"])
-def test_views_of_photos_on_disk_are_pillows_within_a_level(path, tmp_path):
+def test_views_of_photos_on_disk_are_pillows_within_a_level(path, device, tmp_path):
     """A JPEG that is much larger than what is needed is decoded at half its size, which blurs it otherwise."""
     picture = Image.fromarray(photo((640, 480) if path == "large.jpg" else (120, 90)))
     picture.convert("L" if path == "grey.png" else "RGB").save(tmp_path / path, quality=95)
@@ -86,9 +86,20 @@ def test_views_of_photos_on_disk_are_pillows_within_a_level(path, tmp_path):
     for seed in range(12):
         crops, numbers = loaders.photo_views(images, True, 64, 0, seed)
         theirs = by_pillow([np.asarray(images.picture(0))] * 2, numbers, 64)
-        assert levels(transforms.augment_crops(crops, numbers), theirs).max() < (5 if path == "large.jpg" else 2)
+        ours = transforms.augment_crops(crops.to(device), numbers).cpu()
+        assert levels(ours, theirs).max() < (5 if path == "large.jpg" else 2)
     options = loaders.ViewOptions("batched", image_size=64, batch_size=1, seed=1)
     assert [len(pair) for pair in loaders.train_loader(Splits(images, images, images), options, "cpu", 0)] == [2]
+
+
+def test_hues_are_kornias_to_the_bit():
+    """All angles up to a turn; greys, black, white, pure colours and reds that are hardly bluish among the pixels."""
+    levels = torch.tensor([0.0, 1, 2, 51, 128, 254, 255]) / 255
+    corners = torch.cartesian_prod(levels, levels, levels).T.reshape(3, 7, 49)
+    x = torch.cat([corners.expand(80, -1, -1, -1), torch.rand(80, 3, 20, 49)], dim=2)
+    x[:, :, -1] = torch.tensor([1, 0.5, 0.5 + 2**-24])[:, None]
+    angles = torch.cat([torch.linspace(-2 * np.pi, 2 * np.pi, 41), torch.tensor([0.0, -1e-8, 1e-7]), torch.randn(36)])
+    assert torch.equal(transforms.turned(x, angles[:, None, None]), adjust_hue(x, angles))
 
 
 def test_crops_of_reduced_photos_stay_inside():
@@ -174,9 +185,9 @@ def test_numbers_are_drawn_as_described():
 
 
 @pytest.mark.parametrize(("source", "size"), [((32, 32), 128), ((32, 32), 224), ((8, 8), 32), ((32, 32), 20)])
-def test_test_images_are_pillows(source, size):
+def test_test_images_are_pillows(source, size, device):
     pixels = np.random.default_rng(0).integers(0, 256, (5, *source, 3), dtype=np.uint8)
-    ours = transforms.enlarge(torch.from_numpy(pixels), size)
+    ours = transforms.enlarge(torch.from_numpy(pixels).to(device), size).cpu()
     transform = T.Compose(
         [
             T.Resize((size, size)),

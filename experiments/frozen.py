@@ -2,6 +2,7 @@
 
 import multiprocessing
 import statistics
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from multiprocessing.connection import Connection
@@ -22,7 +23,8 @@ IMAGES = 2 * CPU_CHUNK  # of a round
 
 def frozen(config: Config, options: Options) -> list[dict]:
     """The backbone's prefix on random images: ours, and the blocks as they are with weights cast at every pass and
-    memory as the C library manages it. As the latter holds for a process, each side has its own."""
+    memory as the C library manages it. As the latter holds for a process, each side has its own. On a CPU, all seconds
+    are a core's, see `busy`."""
     backbone = engine.build_method(config).backbone.eval()
     if backbone.cut == 0:
         raise InputError(f"--backbone {config.backbone}: has no frozen block to time")
@@ -33,7 +35,7 @@ def frozen(config: Config, options: Options) -> list[dict]:
         for _ in range(options.repeats + 1):
             ours.append(our_side())
             plain.append(plain_side())
-            peaks.append(matmul_peak(config.precision, config.device))
+            peaks.append(peak_of_core(config))
     result = row(f"frozen blocks at {config.image_size} px", (ours[1:], plain[1:]), IMAGES)
     peak = statistics.median(peaks[1:])
     result["share_of_matmul_peak"] = work / result["ours_seconds"] / peak
@@ -42,6 +44,23 @@ def frozen(config: Config, options: Options) -> list[dict]:
     if config.precision == "bf16":
         result["layers"] = layers(backbone, config, options.repeats, peak)
     return [result]
+
+
+def busy(work: Callable[[], object], device: str) -> float:
+    """How long `work` takes; on a CPU the seconds of all threads, to which other processes add little."""
+    if device != "cpu":
+        return seconds(work, device)
+    start = time.process_time()
+    work()
+    return time.process_time() - start
+
+
+def peak_of_core(config: Config) -> float:
+    """Floating-point operations per second of a large matrix product, the median of five; of a core, if not a GPU's."""
+    if config.device != "cpu":
+        return matmul_peak(config.precision, config.device)
+    a = torch.randn(2048, 2048, dtype=torch.bfloat16 if config.precision == "bf16" else torch.float32)
+    return 2 * len(a) ** 3 / statistics.median([busy(lambda: a @ a, "cpu") for _ in range(6)][1:])
 
 
 @torch.inference_mode()
@@ -84,7 +103,7 @@ def serve(pipe: Connection, config: Config, ours: bool) -> None:
 
     try:
         while pipe.recv():
-            pipe.send(seconds(work, config.device))
+            pipe.send(busy(work, config.device))
     except (EOFError, OSError):
         pass
 
@@ -101,7 +120,7 @@ class Timed(fx.Interpreter):
 
     def run_node(self, node: fx.Node) -> object:
         results = []
-        took = seconds(lambda: results.append(super(Timed, self).run_node(node)), self.device)
+        took = busy(lambda: results.append(super(Timed, self).run_node(node)), self.device)
         (result,) = results
         if node.op in ("call_module", "call_function"):
             inputs = [self.env[argument] for argument in node.all_input_nodes]
@@ -127,8 +146,7 @@ def kind(node: fx.Node, layer: nn.Module | None) -> str:
 
 @torch.inference_mode()
 def layers(backbone: Backbone, config: Config, repeats: int, peak: float) -> list[dict]:
-    """Per layer of the prefix, prepared, on as many images as are taken at a time: the fastest of all rounds, as a
-    layer is over so soon that whatever else runs decides otherwise, and the share of `peak`."""
+    """Per layer of the prefix, prepared, on as many images as are taken at a time: medians, and the share of `peak`."""
     S, device = config.image_size, config.device
     if device == "cpu":
         keep_freed_memory()
@@ -140,7 +158,7 @@ def layers(backbone: Backbone, config: Config, repeats: int, peak: float) -> lis
             timed.run(images)
     found = []
     for name, entry in timed.noted.items():
-        took = min(entry["seconds"][1:])
+        took = statistics.median(entry["seconds"][1:])
         shares = {"share_of_matmul_peak": entry["flops"] / took / peak, "bytes_per_second": entry["bytes"] / took}
         found.append({"layer": name} | entry | {"seconds": took, "images": len(images)} | shares)
     return found

@@ -10,7 +10,7 @@ copy in memory (evaluate). Writes benchmark_<what>.json into --results.
   decode    --photos JPEG files of 640 x 480, made here: OpenCV against Pillow
   views     both views of all training images
   frozen    random images through the frozen blocks; the plain side runs them as they are, under autocast; and how long
-            each layer takes, in benchmark_frozen.md, too
+            each layer takes, in benchmark_frozen.md, too. On a CPU, in seconds of a core
   encode    images to codes: nothing computed before, and from the feature cache
   step      an optimisation step on views that are there already
   evaluate  --queries against --database random codes; the plain side ranks --plain_queries of them (its time per

@@ -141,6 +141,7 @@ def test_a_network_in_double_precision_is_left_as_it_is():
     backbone = build_backbone("squeezenet1_0", "random", 0, bf16=True).eval().double()
     x = torch.randn(2, 3, 48, 48).double()
     assert torch.equal(backbone.prefix(x), as_they_are(backbone, x))
+    assert not any(run.faster for run in backbone.prepared.values())
 
 
 class Broken:

@@ -184,7 +184,15 @@ def cache_key(
         "device": processor_name(preprocessing.device),
         "versions": versions,
         "flags": flags,
-    }
+    } | chunks(backbone, preprocessing.image_size, preprocessing.device)
+
+
+def chunks(backbone: Backbone, image_size: int, device: str) -> dict[str, int]:
+    """How many images a CPU takes at a time, if not as many as ever: rounding may depend on it."""
+    if device != "cpu" or backbone.compiled is not None:
+        return {}
+    rows = backbone.rows(torch.empty(0, 3, image_size, image_size))
+    return {} if rows == CPU_CHUNK else {"rows": rows}
 
 
 # ---------------------------------------------------------------- the files

@@ -248,8 +248,8 @@ def train_loader(splits: Splits, options: ViewOptions, device: str, num_workers:
         transform = transforms.view_transform(S, splits.mirrored, normalized)
         draw, augment = partial(pil_views, images, transform), lambda x: x
     views = SeededViews(draw)
-    collate = partial(of_batch, views_first)
-    loader = DataLoader(views, batch_sampler=batches, collate_fn=collate, **_loader_options(device, num_workers))
+    collate, workers = partial(of_batch, views_first), _loader_options(device, num_workers, every_epoch=True)
+    loader = DataLoader(views, batch_sampler=batches, collate_fn=collate, **workers)
     return TwoViews(loader, batches, augment, device)
 
 
@@ -261,8 +261,8 @@ def spq_loader(
     images, S = splits.train, options.image_size
     if images.on_disk:
         read, size = SeededViews(partial(whole_photo, images, S)), (S, S)
-        collate = partial(of_batch, default_collate)
-        loader = DataLoader(read, batch_sampler=batches, collate_fn=collate, **_loader_options(device, num_workers))
+        collate, workers = partial(of_batch, default_collate), _loader_options(device, num_workers, every_epoch=True)
+        loader = DataLoader(read, batch_sampler=batches, collate_fn=collate, **workers)
     else:
         loader, size = PixelsInMemory(images, batches, device), images.pixels.shape[1:3]
     augment = partial(spq_views.two_views, image_size=S, variant=options.augmentation, normalized=options.normalized)
@@ -321,10 +321,13 @@ def test_batches(images: Images | ImageFiles | Vectors, preprocessing: Preproces
 test_batches.__test__ = False  # not a pytest function
 
 
-def _loader_options(device: str, num_workers: int) -> dict:
-    """The loader's own generator decides nothing here, it keeps the global one out of it."""
+def _loader_options(device: str, num_workers: int, every_epoch: bool = False) -> dict:
+    """The loader's own generator decides nothing here, it keeps the global one out of it. What is read in every epoch
+    keeps its workers: they know nothing of an epoch, as seeds come with the indices."""
+    workers = -(-worker_count(num_workers) // local_processes())
     return {
-        "num_workers": -(-worker_count(num_workers) // local_processes()),
+        "num_workers": workers,
+        "persistent_workers": every_epoch and workers > 0,
         "pin_memory": device != "cpu",
         "generator": torch.Generator(),
         "worker_init_fn": leave_signals if num_workers else None,

@@ -1,6 +1,7 @@
 """Backbones: networks cut into blocks, of which the last may be trained, and their weights."""
 
 import itertools
+import math
 import pickle
 import sys
 import warnings
@@ -12,9 +13,11 @@ from pathlib import Path
 import torch
 import torchvision
 from torch import Tensor, nn
+from torch.nn.modules.dropout import _DropoutNd as Dropout
 
-from distributed import CPU_CHUNK, by_chunks
+from distributed import CPU_CHUNK, KEPT_BLOCK, by_chunks
 from methods import BACKBONES
+from methods.prepared import Prepared
 from utils import InputError, load_object, load_tensors, one_line
 
 
@@ -38,6 +41,9 @@ class Backbone(nn.Module):
         self.cut = min(self.split, 1) if isinstance(net, torchvision.models.VGG) and trained else self.split
         self.blocks = tuple(blocks)  # a tuple: they are registered in `net` already
         self.compiled: Callable | None = None
+        dropout = (any(isinstance(module, Dropout) for module in block.modules()) for block in blocks)
+        self.maps = [*dropout, True].index(True)  # blocks in front of any dropout, which draws for CPU_CHUNK images
+        self.prepared: dict[tuple[int, int], Prepared] = {}
         self.net.requires_grad_(False)
         for block in self.blocks[self.split :]:
             block.requires_grad_(True)
@@ -46,7 +52,7 @@ class Backbone(nn.Module):
         super().train(mode)
         for block in self.blocks[: self.split]:
             for module in block.modules():
-                module.training = mode and isinstance(module, nn.modules.dropout._DropoutNd)
+                module.training = mode and isinstance(module, Dropout)
         return self
 
     def compile_frozen(self, image_size: int, device: str, sizes: Sequence[int]) -> None:
@@ -70,17 +76,42 @@ class Backbone(nn.Module):
             x = block(x)
         return x
 
+    def rows(self, x: Tensor) -> int:
+        """Of images `[B, 3, H, W]`, how many a CPU takes at a time: their largest map, which is the first, is to be no
+        larger than memory that the process keeps."""
+        first = next(module for module in self.modules() if isinstance(module, nn.Conv2d))
+        size = first.out_channels * (2 if self.bf16 else 4) * math.prod(x.shape[2:]) // math.prod(first.stride)
+        rows = CPU_CHUNK
+        while rows > 1 and rows * size > KEPT_BLOCK:
+            rows //= 2
+        return rows
+
     @torch.inference_mode()
     def _frozen(self, x: Tensor, start: int, stop: int) -> Tensor:
         """Through frozen blocks; float32."""
+        if x.dim() == 4:
+            x = x.contiguous(memory_format=torch.channels_last)
         with torch.autocast(x.device.type, torch.bfloat16) if self.bf16 else nullcontext():
             whole = x.device.type != "cpu" or len(x) == CPU_CHUNK  # each other size would be compiled anew
-            x = (self.compiled if self.compiled and whole else self._through)(x, start, stop)
+            if self.compiled and whole:
+                x = self.compiled(x, start, stop)
+            else:
+                maps = max(start, min(self.maps, stop))
+                if start < maps:
+                    x = by_chunks(lambda part: self._run(part, start, maps), x, rows=self.rows(x))
+                x = self._run(x, maps, stop)
         return x.float()
+
+    def _run(self, x: Tensor, start: int, stop: int) -> Tensor:
+        """Through some frozen blocks as they are, or as prepared for bfloat16."""
+        if not self.bf16 or start == stop:
+            return self._through(x, start, stop)
+        if (start, stop) not in self.prepared:
+            self.prepared[start, stop] = Prepared(self.blocks[start:stop])
+        return self.prepared[start, stop](x)
 
     def prefix(self, x: Tensor) -> Tensor:
         """Images `[B, 3, S, S]` -> what leaves the prefix `[B, ...]`, float32."""
-        x = x.contiguous(memory_format=torch.channels_last)
         return by_chunks(lambda part: self._frozen(part, 0, self.cut), x)  # a copy, which autograd may keep
 
     def suffix(self, x: Tensor) -> Tensor:

@@ -1,14 +1,16 @@
 #!/usr/bin/env python3
 """Benchmarks of this project and, in the same process, of a plain version of what the release does.
 
-python scripts/benchmark.py {decode,views,encode,step,evaluate,run} [--repeats 5] FLAGS
+python scripts/benchmark.py {decode,views,frozen,encode,step,evaluate,run} [--repeats 5] FLAGS
 
 FLAGS are main.py's: data set, backbone, image size, device ... Prints the medians of both sides, their ratio, images
-per second, and the share of what the hardware can do: of a matrix product measured here (encode, step), of a copy in
-memory (evaluate). Writes benchmark_<what>.json into --results.
+per second, and the share of what the hardware can do: of a matrix product measured here (frozen, encode, step), of a
+copy in memory (evaluate). Writes benchmark_<what>.json into --results.
 
   decode    --photos JPEG files of 640 x 480, made here: OpenCV against Pillow
   views     both views of all training images
+  frozen    random images through the frozen blocks; the plain side runs them as they are, under autocast; and how long
+            each layer takes, in benchmark_frozen.md, too. On a CPU, in seconds of a core
   encode    images to codes: nothing computed before, and from the feature cache
   step      an optimisation step on views that are there already
   evaluate  --queries against --database random codes; the plain side ranks --plain_queries of them (its time per
@@ -26,9 +28,9 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import config
 from config import Config
-from utils import InputError, Parser, check_writable, run_script, write_json
+from utils import InputError, Parser, atomic_write, check_writable, run_script, write_json
 
-WHAT = ("decode", "views", "encode", "step", "evaluate", "run")
+WHAT = ("decode", "views", "frozen", "encode", "step", "evaluate", "run")
 
 
 def show(rows: list[dict]) -> None:
@@ -39,7 +41,7 @@ def show(rows: list[dict]) -> None:
             f"{result['plain_seconds']:.3f} s ({result['plain_per_second']:.1f}/s): {result['ratio']:.1f} times as "
             f"fast (medians of {result['repeats']})"
         )
-        for share in ("share_of_matmul_peak", "share_of_copy_bandwidth"):
+        for share in ("share_of_matmul_peak", "plain_share_of_matmul_peak", "share_of_copy_bandwidth"):
             if share in result:
                 print(f"  {share.replace('_', ' ')}: {100 * result[share]:.1f} %")
         if "plain_phases_once" in result:
@@ -93,15 +95,19 @@ def main(argv: list[str] | None = None) -> None:
         print(f"would time {own.what}, {own.repeats} times, on {configuration.device}, and write {path}: {changed}")
         return
     from distributed import device_name, use_device
-    from experiments import benchmarks
+    from experiments import benchmarks, frozen
     from results import versions
 
     device = configuration.device
     configuration = configuration.replace(precision=use_device(device, configuration.precision))
     check_writable(own.results)
     options = {name: value for name, value in vars(own).items() if name not in ("what", "results", "dry_run")}
-    rows = getattr(benchmarks, own.what)(configuration, benchmarks.Options(**options))
+    work = frozen.frozen if own.what == "frozen" else getattr(benchmarks, own.what)
+    rows = work(configuration, benchmarks.Options(**options))
     show(rows)
+    if "layers" in rows[0]:
+        with atomic_write(path.with_suffix(".md")) as file:
+            file.write(frozen.markdown(rows[0]).encode())
     recorded = config.recorded(configuration)
     write_json(path, {"rows": rows, "device": device_name(device), "versions": versions(), "config": recorded})
     print(json.dumps({"written": str(path)}))

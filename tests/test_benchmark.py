@@ -7,12 +7,13 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import SMALL, call, config_of, method_of, refused, splits_of, written_below
+from helpers import HOSTILE, SMALL, call, config_of, method_of, refused, splits_of, written_below
+from torch.utils.flop_counter import FlopCounterMode
 
 import engine
 import evaluation
 import retrieval
-from experiments import naive
+from experiments import frozen, naive
 from feature_cache import Computed
 from optimizer import build_optimizer
 
@@ -70,11 +71,15 @@ FLAGS = [*SMALL, "--repeats", "2"]
 FEW = ["--queries", "30", "--database", "500", "--plain_queries", "5"]
 
 
+slow = pytest.mark.skipif(not HOSTILE, reason="two processes: bash scripts/test.sh --hostile")
+
+
 @pytest.mark.parametrize(
     ("what", "flags", "rows"),
     [
         ("decode", ["--photos", "3"], ["1/1 of its size, OpenCV", "1/2 of its size", "1/4 of its", "1/8 of its"]),
         ("views", [], ["views at 16 px"]),
+        pytest.param("frozen", FROZEN, ["frozen blocks at 32 px"], marks=slow),
         ("encode", FROZEN, ["computed", "cached"]),
         ("step", [], ["10 steps"]),
         ("evaluate", FEW, ["MAP, PR", "MAP alone", "expected and in database order"]),
@@ -87,7 +92,8 @@ def test_benchmarks_run(what, flags, rows, tmp_path, capsys, monkeypatch):
     assert call("benchmark", what, *FLAGS, *flags, "--results", tmp_path / "results") == 0
     output = capsys.readouterr().out
     found = json.loads((tmp_path / "results" / f"benchmark_{what}.json").read_text())
-    assert written_below(tmp_path) == [f"results/benchmark_{what}.json"]
+    tables = ["results/benchmark_frozen.md"] * (what == "frozen")
+    assert written_below(tmp_path) == [f"results/benchmark_{what}.json", *tables]
     assert len(found["rows"]) == len(rows)
     for name, row in zip(rows, found["rows"], strict=True):
         assert name in row["what"]
@@ -99,6 +105,22 @@ def test_benchmarks_run(what, flags, rows, tmp_path, capsys, monkeypatch):
         once = row["plain_phases_once"]
         assert row["plain_seconds"] == pytest.approx(2 * once["train"] + 2 * once["validate"] + once["test"])
         assert 0 < row["map"] <= 1
+
+
+def test_the_layer_table_counts_all_operations():
+    config = config_of(*FROZEN)
+    backbone = method_of(config).backbone.eval()
+    with FlopCounterMode(display=False) as counter, torch.inference_mode():
+        frozen.as_they_are(backbone, torch.zeros(32, 3, 32, 32))
+    table = frozen.layers(backbone, config, 1, peak=1e9)
+    assert sum(layer["flops"] for layer in table) == counter.get_total_flops()
+    kinds = [layer["kind"] for layer in table]
+    assert kinds.count("convolution 3x3 and ReLU") == kinds.count("cat") == backbone.cut - 1
+    assert kinds.count("Pooling") == 3
+    first = table[0]
+    assert first["bytes"] == 2 * (32 * 3 * 32 * 32 * 2 + 32 * 96 * 13 * 13 + 96 * 3 * 7 * 7)  # float32 comes in
+    assert first["share_of_matmul_peak"] == pytest.approx(first["flops"] / first["seconds"] / 1e9)
+    assert frozen.markdown({"layers": table}).count("\n") == len(table) + 2
 
 
 def test_benchmarks_are_of_mecoq(capsys):

@@ -17,7 +17,7 @@ ORDER = [
     {"vectors"},
     {"data"},
     {"loaders", "methods.flags"},
-    {"methods"},
+    {"methods", "methods.prepared"},
     {"methods.backbones"},
     {"methods.base"},
     {"methods.mecoq", "methods.spq", "methods.cibhash"},

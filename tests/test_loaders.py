@@ -1,6 +1,8 @@
 """Batches of views and of test images."""
 
+import gc
 import hashlib
+import multiprocessing
 from dataclasses import replace
 
 import numpy as np
@@ -204,6 +206,23 @@ def test_an_epoch_goes_on_from_any_step(kind, workers):
         assert all(torch.equal(a, b) for a, b in zip(rest, whole[first_step:], strict=True))
     loader.set_epoch(3)
     assert len(list(loader)) == 5
+
+
+def test_an_epoch_keeps_its_workers_for_the_next_even_if_it_is_left():
+    """They end with the loader."""
+    loader = train_loader(pictures(), "pil", 1)
+    whole, workers = [], []
+    for epoch in (1, 0):
+        loader.set_epoch(epoch)
+        whole.append(next(iter(loader)))
+        workers.append([process.pid for process in multiprocessing.active_children()])
+    assert workers[0] == workers[1]
+    assert len(workers[0]) == 1
+    for expected, epoch in zip(whole, (1, 0), strict=True):
+        assert torch.equal(one_epoch(epoch, kind="pil")[0], expected)
+    del loader
+    gc.collect()
+    assert not multiprocessing.active_children()
 
 
 @pytest.mark.parametrize("workers", [0, 2])

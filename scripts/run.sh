@@ -17,6 +17,6 @@ else
 fi
 source "$(dirname "${BASH_SOURCE[0]}")/venv.sh" requirements.txt
 command=(main.py --device "$device" "${flags[@]}" "${@:2}")
-[ "${#gpus[@]}" -gt 0 ] || exec "$python" "${command[@]}"
+[[ "${#gpus[@]}" -gt 0 && " $* " != *" --dry_run "* ]] || exec "$python" "${command[@]}"
 export CUDA_VISIBLE_DEVICES=$1
 exec "$python" scripts/launch.py --standalone --nproc_per_node "${#gpus[@]}" "${command[@]}"

@@ -513,7 +513,7 @@ MUTATIONS: dict[str, tuple[Mutation, ...]] = {
           "distributed", "drawn"),
         M("distributed.py", "raise SystemExit(0) from None", "raise", "distributed", "said_once"),
         M("methods/cibhash.py", "copy_from_first(threshold := torch.rand_like(p))", "threshold = torch.rand_like(p)",
-          "distributed", "compute and CIBHash"),
+          "distributed", "compute"),
         M("methods/mecoq.py", "gathered_views(self(views))", "self(views)", "distributed", "compute"),
         M("loaders.py", "yield batch.tensor_split(parts)[part]", "yield batch[part::parts]", "distributed", "parts"),
         M("checkpoint.py", "save, pending = largest(int(self.save), self.pending or 0)",

@@ -58,7 +58,7 @@ def test_processes_compute_what_one_does(ranks, tmp_path, name):
             [*IN_DOUBLE, *METHODS[name], *SIZE], processes=count, double=str(tmp_path / str(count)), timeout=300
         )
         assert answer["rc"] == [0] * count, answer["err"]
-        found[count] = [dict(np.load(f"{tmp_path / str(count)}_{rank}.npz")) for rank in range(count)]
+        found[count] = [dict(np.load(f"{path}_{rank}.npz")) for rank in range(count)]
     (expected,) = found.pop(1)
     assert len(expected["losses"]) == (63 if HOSTILE else 27)
     assert np.ptp(expected["losses"]) > 0.1

@@ -54,9 +54,8 @@ def test_processes_compute_what_one_does(ranks, tmp_path, name):
     processes the same bits of weights and memory."""
     found = {}
     for count in (1, *COUNTS):
-        answer = ranks(
-            [*IN_DOUBLE, *METHODS[name], *SIZE], processes=count, double=str(tmp_path / str(count)), timeout=300
-        )
+        flags, path = [*IN_DOUBLE, *METHODS[name], *SIZE], str(tmp_path / str(count))
+        answer = ranks(flags, processes=count, double=path, timeout=300)
         assert answer["rc"] == [0] * count, answer["err"]
         found[count] = [dict(np.load(f"{path}_{rank}.npz")) for rank in range(count)]
     (expected,) = found.pop(1)

@@ -128,7 +128,7 @@ def start(*flags, pause=0.12):
     )  # fmt: skip
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)][: 1 + HOSTILE])
 def test_a_stopped_run_saves_its_step_and_goes_on_there(number, code, forked, undisturbed, tmp_path):
     """Every process of the run gets the signal, as under a scheduler or a terminal."""
     flags = [*undisturbed["trained"][0], "--output", tmp_path, "--num_workers", "2", "--views", "pil"]

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from config import RESULTS, Config, differing
 from data import Splits
-from distributed import is_first, largest
+from distributed import is_first, largest, processes
 from methods.backbones import Backbone
 from methods.base import Method
 from model_file import BackgroundWriter
@@ -57,7 +57,7 @@ class Signals:
     def receive(self, number: int, _: FrameType | None = None) -> None:
         if number == signal.SIGUSR1:
             self.save = True
-        elif self.deferring and self.pending is None:
+        elif self.deferring and (self.pending is None or processes() > 1):  # torchrun sends another to all of them
             self.pending = number
         else:
             raise Stopped(number)
@@ -264,8 +264,11 @@ class Training:
     def save(self, if_cheap: bool = False) -> None:
         """Write `last.cpt`; `if_cheap`: unless that has taken more than `SHARE` of the time so far. Only the first of
         the run's processes does."""
-        if not is_first():
-            return
+        if is_first():
+            self._write(if_cheap)
+        largest(0)  # the others wait: if one left, torchrun would end the first
+
+    def _write(self, if_cheap: bool) -> None:
         start = time.perf_counter()
         dear = self.saving > SHARE * (start - self.began) and not self.finished
         if self.file and not (if_cheap and dear):

@@ -2,19 +2,23 @@
 
 import ctypes
 import io
+import multiprocessing
 import os
 import platform
 import re
+import signal
+import sys
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 from pathlib import Path
+from typing import NoReturn
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from utils import LOG, InputError, RunError, one_line, sample_seed
+from utils import LOG, InputError, RunError, Stopped, one_line, sample_seed
 
 # ---------------------------------------------------------------- the device
 
@@ -123,7 +127,7 @@ def is_first() -> bool:
 
 def launched() -> bool:
     """Whether torchrun started several processes, of which this is one."""
-    return int(os.environ.get("WORLD_SIZE", "1")) > 1
+    return dist.is_torchelastic_launched() and int(os.environ["WORLD_SIZE"]) > 1
 
 
 def own_device(device: str) -> str:
@@ -145,14 +149,15 @@ def process_group(device: str) -> Iterator[None]:
     if not launched():
         yield
         return
-    backend = "gloo" if device == "cpu" else "cpu:gloo,cuda:nccl"
+    end_with_parent()
     with naming_lost_process():
-        dist.init_process_group(backend, timeout=timedelta(minutes=30))
+        # a process that waits for a lock, or for a disk, is not lost; one that has ended is found at once
+        dist.init_process_group("gloo" if device == "cpu" else "cpu:gloo,cuda:nccl", timeout=timedelta(days=1))
     quiet, LOG.disabled = LOG.disabled, LOG.disabled or not is_first()
     try:
         with naming_lost_process():
             yield
-        dist.destroy_process_group()  # after an error, `said_once` does
+        dist.destroy_process_group()  # after an error, `leave` does without: it could wait for a process that is gone
     finally:
         LOG.disabled = quiet
 
@@ -181,29 +186,48 @@ def lost_process(error: BaseException) -> str:
     return f"another process of this run has ended or cannot be reached ({reason[:200]})"
 
 
+def end_with_parent() -> None:
+    """Let the system send this process SIGTERM when torchrun is killed; Linux only."""
+    with suppress(OSError, AttributeError):
+        ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
+
+
 @contextmanager
 def said_once() -> Iterator[None]:
     """Let only the first of the processes that fail say so; the others, which fail of that one's end or of the same
-    input, leave without a word."""
+    input, leave with its exit code and without a word."""
     try:
         yield
-    except (Exception, KeyboardInterrupt):
-        first = not launched() or _first_to_fail()
-        if dist.is_initialized():
-            dist.destroy_process_group()  # only now, as the others fail of it
-        if not first:
-            raise SystemExit(0) from None  # the exit code of the run is that of the first
+    except (Exception, KeyboardInterrupt) as error:
+        code = _code_of_first(error) if launched() else None
+        if code is not None:
+            leave(code)
         raise
 
 
-def _first_to_fail() -> bool:
-    """Whether no other process has called this; True, too, if none can be reached."""
+def leave(code: int) -> NoReturn:
+    """End this process at once: NCCL would wait for processes that are gone."""
+    for stream in (sys.stdout, sys.stderr):
+        with suppress(OSError, ValueError, AttributeError):
+            stream.flush()
+    for worker in multiprocessing.active_children():
+        worker.kill()
+    os._exit(code)
+
+
+def _code_of_first(error: BaseException) -> int | None:
+    """The exit code of the process that failed first; None if that is this one, or no other can be asked."""
+    start = os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)
+    code = error.number + 128 if isinstance(error, Stopped) else 2 if isinstance(error, InputError) else 1
     try:
         host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
         store = dist.TCPStore(host, port, is_master=False, timeout=timedelta(seconds=5))
-        return store.add(f"failed, start {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", 1) == 1
+        if store.add(f"failed, start {start}", 1) > 1:
+            return int(store.get(f"exit code, start {start}"))
+        store.set(f"exit code, start {start}", str(code))
     except (RuntimeError, KeyError, ValueError):
-        return True
+        pass
+    return None
 
 
 # ---------------------------------------------------------------- what processes do together
@@ -275,6 +299,11 @@ def summed(x: Tensor) -> Tensor:
     return x if processes() == 1 else _Sum.apply(x)
 
 
+def in_row(x: Tensor) -> Tensor:
+    """A tensor in this process's row, zeros in all others'."""
+    return torch.stack([x if row == rank() else torch.zeros_like(x) for row in range(processes())])
+
+
 def average_gradients(parameters: Iterable[nn.Parameter]) -> None:
     """Let each process have the mean of all processes' gradients: as every one has the loss of the whole batch, that is
     its gradient."""
@@ -301,7 +330,19 @@ def copy_from_first(*tensors: Tensor) -> None:
 def check_same(digest: str, what: str) -> None:
     """Raise InputError if this process's digest of `what` is not the first process's."""
     if bytes_of_first(digest.encode()) != digest.encode():
-        raise InputError(f"process {rank()} has other {what} than process 0: let all machines have the same files")
+        raise InputError(f"process {rank()} has other {what} than process 0: let all have the same")
+
+
+@contextmanager
+def one_for_all(matters: bool = True) -> Iterator[None]:
+    """Let the first process of each machine do what is within before the others, say a download, if that matters."""
+    waits = matters and processes() > 1
+    first = int(os.environ.get("LOCAL_RANK", "0")) == 0
+    if waits and not first:
+        largest(0)
+    yield
+    if waits and first:
+        largest(0)
 
 
 def bytes_of_first(content: bytes) -> bytes:
@@ -331,39 +372,3 @@ def draw_apart(*seeds: int) -> None:
     """
     if not is_first():
         torch.manual_seed(sample_seed(*seeds, rank()))
-
-
-class SynchronizedBatchNorm(nn.BatchNorm2d):
-    """Batch normalisation by the statistics of the whole batch, on any device and with any number of images per
-    process; PyTorch's own knows GPUs only, and lets the host wait for them."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        if not self.training:
-            return super().forward(x)
-        count, C = x.numel() // x.shape[1], x.shape[1]
-        mean = x.sum(dim=(0, 2, 3), keepdim=True) / max(count, 1)
-        variance = (x - mean).square().sum(dim=(0, 2, 3)) / max(count, 1)
-        own = torch.cat([mean.flatten(), variance, variance.new_full((1,), count)])
-        means, variances, counts = summed(_in_row(own)).split([C, C, 1], dim=1)  # a row per process
-        shares, n = counts / counts.sum(), counts.sum()
-        mean = (shares * means).sum(dim=0)
-        variance = (shares * (variances + (means - mean).square())).sum(dim=0)
-        with torch.no_grad():
-            self.num_batches_tracked += 1
-            self.running_mean.lerp_(mean, self.momentum)
-            self.running_var.lerp_(variance * n / (n - 1), self.momentum)
-        scale = self.weight * (variance + self.eps).rsqrt()
-        return (x - mean[:, None, None]) * scale[:, None, None] + self.bias[:, None, None]
-
-
-def _in_row(x: Tensor) -> Tensor:
-    """A tensor in this process's row, zeros in all others'."""
-    return torch.stack([x if row == rank() else torch.zeros_like(x) for row in range(processes())])
-
-
-def synchronize_batch_norm(net: nn.Module) -> None:
-    """Let all batch normalisation of a network see the whole batch, if several processes share it."""
-    if processes() > 1:
-        for module in net.modules():
-            if type(module) is nn.BatchNorm2d:
-                module.__class__ = SynchronizedBatchNorm  # the same parameters and statistics

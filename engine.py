@@ -15,25 +15,18 @@ import distributed
 import evaluation
 import loaders
 from checkpoint import Callback, Loop, Signals, StateFile, Training, fingerprint
-from config import Config, code_bits, key, recorded
+from config import Config, key, recorded
 from data import Splits
 from feature_cache import Computed, Features, test_features
 from loaders import Preprocessing, TwoViews, ViewOptions
 from methods import BACKBONES, METHODS
 from methods.backbones import Backbone, PassThrough, build_backbone, read_state_dict
 from methods.base import Method
+from methods.batch_norm import synchronize_batch_norm
 from model_file import save_model
 from optimizer import build_optimizer, build_scheduler
 from readers import ImageFiles, Images
-from results import (
-    Events,
-    Files,
-    StepLog,
-    Stopwatch,
-    git_commit,
-    report,
-    take_place,
-)
+from results import Events, Files, StepLog, Stopwatch, described, report, take_place
 from utils import (
     LOG,
     InputError,
@@ -57,7 +50,8 @@ def build(config: Config) -> tuple[Splits, Method]:
     seed_everything(config.seed)
     # what is wrong with a file of weights is said before the data is checked; a download comes after it
     method = None if config.weights == "imagenet" else build_method(config)
-    splits = build_splits(config)
+    with distributed.one_for_all(config.download_cifar10):
+        splits = build_splits(config)
     return splits, method or build_method(config)
 
 
@@ -95,7 +89,8 @@ def build_method(config: Config) -> Method:
         method.load_checkpoint(Path(config.checkpoint))
     method = method.to(config.device)
     if config.compile and backbone.split:
-        backbone.compile_frozen(config.image_size, config.device, (2 * config.batch_size, loaders.TEST_BATCH))
+        own = -(-config.batch_size // distributed.processes())
+        backbone.compile_frozen(config.image_size, config.device, (2 * own, loaders.TEST_BATCH))
     return method
 
 
@@ -176,7 +171,7 @@ def train_epoch(training: Training, batches: Collection[Tensor]) -> dict[str, fl
             bar.update()
             if steps.last:
                 bar.set_postfix(loss=f"{steps.last['loss/total_loss']:.4f}")
-            if training.step % training.loop.save_interval == 0 or signals.waiting():
+            if signals.waiting() or training.step % training.loop.save_interval == 0:
                 steps.read()
                 training.save()
                 signals.check()
@@ -239,9 +234,10 @@ def end_epoch(training: Training, means: dict[str, float], validate: Callable[[]
     last = epoch + 1 == loop.epochs
     entry = {"epoch": epoch} | means
     if validate and (last or (epoch + 1) % loop.eval_interval == 0):
+        if several := distributed.processes() > 1:  # which go on to where they can stop together
+            training.save(if_cheap=True)
         try:
-            # several processes go on to where they can stop together
-            with training.stopwatch.measure("validate"), signals.deferred(distributed.processes() > 1):
+            with training.stopwatch.measure("validate"), signals.deferred(several):
                 entry["val_mAP"] = value = validate()
         except Stopped:
             training.save()
@@ -326,12 +322,20 @@ def join(config: Config, splits: Splits, method: Method, loader: TwoViews, path:
         path: of `last.cpt`.
     """
     loader.share_out()
-    content = fingerprint(splits, method.backbone)
-    distributed.check_same(content, "images, labels or weights")
-    distributed.synchronize_batch_norm(method)
+    content = compared(config, splits, method)
+    synchronize_batch_norm(method)
     training = start(config, method, loader, path, content)
     training.validated = splits.validated
     return training
+
+
+def compared(config: Config, splits: Splits, method: Method) -> str:
+    """The `fingerprint` of what is trained on. Raises InputError if another process has another, or other flags."""
+    steps = config.log_interval, config.save_interval, config.precision, config.test_only
+    distributed.check_same(repr((sorted(key(config).items()), steps)), "flags")
+    content = fingerprint(splits, method.backbone)
+    distributed.check_same(content, "images, labels or weights")
+    return content
 
 
 def begin(config: Config, files: Files, log: Path, state: dict | None) -> None:
@@ -371,7 +375,10 @@ def run_test(config: Config, files: Files, log: Path) -> dict:
     checkpoint, stopwatch = Path(config.checkpoint), Stopwatch()
     splits, method = build(config)
     told, codes = described(config, splits), None
-    if checkpoint.with_name("db_codes.npy").exists() and config.limit is None:
+    if distributed.processes() > 1:
+        compared(config, splits, method)
+    stored = distributed.is_first() and checkpoint.with_name("db_codes.npy").exists() and config.limit is None
+    if distributed.largest(int(stored))[0]:
         codes = evaluation.saved_codes(checkpoint, method, splits.database, preprocessing(config))
     with stopwatch.measure("features"):
         if codes is None:
@@ -386,11 +393,3 @@ def run_test(config: Config, files: Files, log: Path) -> dict:
     told |= {"epochs_run": 0, "best_epoch": None, "history": [], "seconds": stopwatch.seconds, "model_sha256": digest}
     told |= evaluation.beside(method, features, splits, codes, measured)
     return report(files, splits.database.labels, metrics, codes, measured.ties, told)
-
-
-def described(config: Config, splits: Splits) -> dict:
-    """What `metrics.json` says of a run's configuration, images and code; to be taken when it begins."""
-    flags = {name: getattr(config, name) for name in ("topK", "recipe", "method", "notes", "dataset", "seed", "limit")}
-    more = {"bits": code_bits(vars(config)), "canonical_data": splits.canonical, "git_commit": git_commit()}
-    where = {"device": distributed.device_name(config.device), "processes": distributed.processes()}
-    return flags | more | where | {"config": recorded(config)}

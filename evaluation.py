@@ -12,7 +12,7 @@ from torch import Tensor
 
 import retrieval
 from data import Splits
-from distributed import joined, largest, share, total
+from distributed import is_first, joined, largest, share, total
 from feature_cache import Computed, Features, own_part
 from loaders import Preprocessing, TwoViews
 from methods.base import Method
@@ -161,7 +161,7 @@ def beside(
     """
     if not isinstance(splits.database, Vectors):
         return {}
-    if importlib.util.find_spec("faiss") is None:
+    if largest(int(importlib.util.find_spec("faiss") is None))[0]:
         LOG.info("beside it: nothing, PQ and OPQ need faiss (pip install -r requirements-extra.txt)")
         return {}
     import quantizers
@@ -173,6 +173,8 @@ def beside(
     chosen = np.linspace(0, n, min(n, COMPARED), endpoint=False).astype(int)
     parts = splits.all | {"database": splits.database.subset(chosen)}
     queries = encode_queries(method, features["query"])
+    if not is_first():
+        return {}
     ours = quantizers.by_codes(method.tables, queries, codes.to(queries.device)[torch.from_numpy(chosen)])
     labels = [torch.from_numpy(parts[name].labels) for name in ("query", "database")] if splits.labelled else None
     bits = 8 * math.ceil(method.M * math.log2(method.K) / 8)

@@ -30,7 +30,7 @@ def run(config: Config) -> None:
     config = config.replace(device=own_device(config.device))
     config = config.replace(precision=use_device(config.device, asked))
     files = Files(Path(config.output), config.notes)
-    with Signals() as signals, process_group(config.device), held(config, files) if is_first() else nullcontext():
+    with process_group(config.device), Signals() as signals, held(config, files) if is_first() else nullcontext():
         finished = is_first() and config.resume and is_finished(files, config)
         if finished:
             print(f"{files.checkpoints} is finished: nothing to do")
@@ -80,7 +80,7 @@ def start(argv: list[str] | None) -> None:
     """Do what the flags say; a lack of memory ends in one line too."""
     config = parse(argv)
     if config.dry_run:
-        if os.environ.get("RANK", "0") == "0":
+        if "TORCHELASTIC_RUN_ID" not in os.environ or os.environ["RANK"] == "0":
             print(json.dumps(vars(config), indent=2))
         return
     with naming_lack_of_memory():
@@ -90,11 +90,12 @@ def start(argv: list[str] | None) -> None:
 def main(argv: list[str] | None = None) -> int:
     """Exit code 0; 2 for bad input; 1 for a run that failed; 128 + its number for a signal (130: interrupted)."""
     script = partial(start, argv)
-    if "WORLD_SIZE" in os.environ:  # torchrun's
-        from distributed import said_once
+    if "TORCHELASTIC_RUN_ID" not in os.environ:
+        return run_script(script)
+    from distributed import launched, leave, said_once
 
-        script = said_once()(script)
-    return run_script(script)
+    code = run_script(said_once()(script))
+    return leave(code) if code and launched() else code
 
 
 if __name__ == "__main__":

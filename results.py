@@ -22,7 +22,9 @@ import torch
 import torchvision
 from torch import Tensor
 
-from distributed import is_first
+from config import Config, code_bits, recorded
+from data import Splits
+from distributed import device_name, is_first, processes
 from readers import read_array
 from retrieval import Metrics
 from utils import LOG, InputError, atomic_write, one_line, sha256, write_json
@@ -100,6 +102,14 @@ class Files:
 
 
 # ---------------------------------------------------------------- writing
+
+
+def described(config: Config, splits: Splits) -> dict:
+    """What `metrics.json` says of a run's configuration, images and code; to be taken when it begins."""
+    flags = {name: getattr(config, name) for name in ("topK", "recipe", "method", "notes", "dataset", "seed", "limit")}
+    more = {"bits": code_bits(vars(config)), "canonical_data": splits.canonical, "git_commit": git_commit()}
+    where = {"device": device_name(config.device), "processes": processes()}
+    return flags | more | where | {"config": recorded(config)}
 
 
 def save_results(metrics: Metrics | None, db_codes: Tensor, db_labels: np.ndarray, folder: Path) -> None:

@@ -18,5 +18,14 @@ fi
 source "$(dirname "${BASH_SOURCE[0]}")/venv.sh" requirements.txt
 command=(main.py --device "$device" "${flags[@]}" "${@:2}")
 [[ "${#gpus[@]}" -gt 0 && " $* " != *" --dry_run "* ]] || exec "$python" "${command[@]}"
-export CUDA_VISIBLE_DEVICES=$1
+if [ -n "${CUDA_VISIBLE_DEVICES:-}" ]; then # a scheduler's: numbers count within it
+    IFS=, read -ra visible <<<"$CUDA_VISIBLE_DEVICES"
+    for i in "${!gpus[@]}"; do
+        [ "${gpus[i]}" -lt "${#visible[@]}" ] ||
+            { echo "error: GPU ${gpus[i]}: CUDA_VISIBLE_DEVICES has ${#visible[@]}, counted from 0" >&2 && exit 2; }
+        gpus[i]=${visible[${gpus[i]}]}
+    done
+fi
+CUDA_VISIBLE_DEVICES=$(IFS=, && echo "${gpus[*]}")
+export CUDA_VISIBLE_DEVICES
 exec "$python" scripts/launch.py --standalone --nproc_per_node "${#gpus[@]}" "${command[@]}"

@@ -58,7 +58,7 @@ def count_points(kill: list | None, path: Path) -> None:
 
 def child(request: dict, folder: Path) -> None:
     for number, name in ((1, "out"), (2, "err")):
-        os.dup2(os.open(folder / name, os.O_WRONLY | os.O_CREAT), number)
+        os.dup2(os.open(folder / name, os.O_WRONLY | os.O_CREAT | os.O_APPEND), number)
     os.setsid()  # its workers die with it
     count_points(request.get("kill"), folder / "points")
     checkpoint.SHARE = math.inf  # runs are so short that few epochs would be saved

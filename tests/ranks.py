@@ -28,6 +28,7 @@ import evaluation
 import feature_cache
 import loaders
 from config import parse
+from methods.batch_norm import synchronize_batch_norm
 
 
 def train_in_double(argv: list[str], path: Path) -> int:
@@ -40,7 +41,7 @@ def train_in_double(argv: list[str], path: Path) -> int:
         splits, method = engine.build(config)
         loader = engine.build_loader(config, splits)
         loader.share_out()
-        distributed.synchronize_batch_norm(method)
+        synchronize_batch_norm(method)
         training = engine.start(config, method, loader)
         losses, note = [], training.note
         training.note = lambda step, scalars: (losses.append(scalars["loss/total_loss"]), note(step, scalars))
@@ -61,6 +62,7 @@ def process(request: dict, rank: int, port: int, folder: Path) -> None:
     count = str(request["processes"])
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": count, "LOCAL_WORLD_SIZE": count}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "TORCHELASTIC_USE_AGENT_STORE": "True"}
+    os.environ |= {"TORCHELASTIC_RUN_ID": "forked"}
     if request.get("double"):
         forks.main.main = lambda argv: train_in_double(argv, Path(request["double"]))
     forks.child({"argv": request["argv"] + request.get("later", []) * (rank > 0)}, folder)

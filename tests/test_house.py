@@ -17,7 +17,7 @@ ORDER = [
     {"vectors"},
     {"data"},
     {"loaders", "methods.flags"},
-    {"methods", "methods.prepared"},
+    {"methods", "methods.prepared", "methods.batch_norm"},
     {"methods.backbones"},
     {"methods.base"},
     {"methods.mecoq", "methods.spq", "methods.cibhash"},

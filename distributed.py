@@ -127,7 +127,7 @@ def is_first() -> bool:
 
 def launched() -> bool:
     """Whether torchrun started several processes, of which this is one."""
-    return dist.is_torchelastic_launched() and int(os.environ["WORLD_SIZE"]) > 1
+    return dist.is_available() and dist.is_torchelastic_launched() and int(os.environ["WORLD_SIZE"]) > 1
 
 
 def own_device(device: str) -> str:

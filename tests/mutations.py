@@ -513,7 +513,7 @@ MUTATIONS: dict[str, tuple[Mutation, ...]] = {
           "distributed", "drawn"),
         M("distributed.py", "if code is not None:", "if False:", "distributed", "said_once"),
         M("distributed.py", "LOG.disabled or not is_first()", "LOG.disabled", "distributed", "death"),
-        M("checkpoint.py", "largest(0)  # the others wait", "# the others wait", "distributed", "signal"),
+        M("checkpoint.py", "largest(0)  # the others wait", "# the others wait", "distributed", "others_wait"),
         M("engine.py", 'distributed.check_same(repr((sorted(key(config).items()), steps)), "flags")', "pass",
           "distributed", "said_once"),
         M("methods/cibhash.py", "copy_from_first(threshold := torch.rand_like(p))", "threshold = torch.rand_like(p)",

@@ -9,9 +9,11 @@ import sys
 import numpy as np
 import pytest
 import torch
-from helpers import HOSTILE, LIVELY, ROOT, SEED, SMALL, asked, small_run, wait_for
+from helpers import HOSTILE, LIVELY, ROOT, SEED, SMALL, asked, config_of, method_of, small_run, wait_for
 
+import checkpoint
 import distributed
+import engine
 import loaders
 
 
@@ -96,6 +98,20 @@ def test_numbers_are_drawn_apart_and_again(monkeypatch):
     assert len({drawn(0, 1, 2), drawn(1, 1, 2), drawn(2, 1, 2), drawn(1, 1, 3)}) == 4
 
 
+def test_the_others_wait_while_the_first_saves(monkeypatch):
+    """If one left, torchrun would end the first."""
+    happened = []
+    monkeypatch.setattr(checkpoint, "largest", lambda *numbers: happened.append("wait") or list(numbers))
+    monkeypatch.setattr(checkpoint.Training, "_write", lambda *_: happened.append("write"))
+    config = config_of()
+    training = engine.start(config, method_of(config), [None])
+    for first, expected in ((True, ["write", "wait"]), (False, ["wait"])):
+        monkeypatch.setattr(checkpoint, "is_first", lambda first=first: first)
+        happened.clear()
+        training.save()
+        assert happened == expected
+
+
 # ---------------------------------------------------------------- runs
 
 TRAINED = [*SMALL, *LIVELY, "--epoch_num", "4", "--save_interval", "3"]
@@ -123,6 +139,7 @@ def whole(ranks, tmp_path_factory):
     answer = shared(ranks, output)
     assert answer["rc"] == [0, 0], answer["err"]
     assert answer["out"].count("epoch 0:") == 1
+    assert answer["err"] == ""
     return output, answer["seconds"]
 
 

@@ -2,7 +2,6 @@
 
 import ctypes
 import io
-import multiprocessing
 import os
 import platform
 import re
@@ -18,7 +17,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from utils import LOG, InputError, RunError, Stopped, one_line, sample_seed
+from utils import LOG, InputError, RunError, Stopped, end_workers, one_line, sample_seed
 
 # ---------------------------------------------------------------- the device
 
@@ -164,6 +163,8 @@ def process_group(device: str) -> Iterator[None]:
 
 def is_loss(error: BaseException) -> bool:
     """Whether an error says that another process cannot be reached: gloo and NCCL have no type for it alone."""
+    if not launched():
+        return False
     words = ("gloo", "NCCL", "Connection closed by peer", "Connection reset by peer", "Broken pipe")
     lost = isinstance(error, dist.DistError) or any(word in str(error) for word in words)
     return isinstance(error, RuntimeError) and not isinstance(error, RunError) and lost
@@ -210,8 +211,7 @@ def leave(code: int) -> NoReturn:
     for stream in (sys.stdout, sys.stderr):
         with suppress(OSError, ValueError, AttributeError):
             stream.flush()
-    for worker in multiprocessing.active_children():
-        worker.kill()
+    end_workers()
     os._exit(code)
 
 

@@ -177,7 +177,7 @@ def leave_signals(_: int) -> None:
 
 
 @atexit.register
-def _end_workers() -> None:
+def end_workers() -> None:
     """Kill what workers are left: they ignore the signal by which Python asks them to end."""
     for worker in multiprocessing.active_children():
         worker.kill()

@@ -16,11 +16,15 @@ from pathlib import Path
 
 os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # before PyTorch is imported
 
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
 import torch.distributed as dist
 from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.elastic.rendezvous import RendezvousError
 from torch.distributed.run import get_args_parser, run
+
+from utils import one_line
 
 SHUTDOWN = 600  # seconds in which a step, a validation or a save ends that a signal came into
 
@@ -42,7 +46,7 @@ def main(argv: list[str] | None = None) -> int:
     except SignalException as error:
         return 128 + error.sigval
     except (dist.DistError, RendezvousError, OSError, ValueError) as error:
-        print(f"error: torchrun cannot start the processes ({' '.join(str(error).split())[:200]})", file=sys.stderr)
+        print(f"error: torchrun cannot start the processes ({one_line(error)[:200]})", file=sys.stderr)
         return 1
     return 0
 

@@ -127,9 +127,21 @@ def assert_same_bits(ours, theirs):
         assert first == second, name
 
 
+def only_line(answer):
+    """What the processes say on standard error, but for warnings."""
+    (line,) = (line for line in answer["err"].splitlines() if not line.startswith("WARNING"))
+    return line
+
+
 def losses(output):
     metrics = json.loads((output / "checkpoints" / "small" / "metrics.json").read_text())
     return [epoch["loss/total_loss"] for epoch in metrics["history"]]
+
+
+def losses_of(ranks, output, processes, *flags):
+    answer = shared(ranks, output, *flags, processes=processes)
+    assert answer["rc"] == [0] * processes, answer["err"]
+    return losses(output)
 
 
 @pytest.fixture(scope="module")
@@ -153,9 +165,7 @@ def test_the_death_of_one_process_ends_all_and_the_run_goes_on(ranks, whole, tmp
     assert answer["seconds"] < 30
     if answer["rc"][victim] == -signal.SIGKILL:
         assert answer["rc"][1 - victim] == 1, answer
-        said = [line for line in answer["err"].splitlines() if not line.startswith("WARNING")]
-        assert len(said) == 1
-        assert "another process of this run has ended" in said[0]
+        assert "another process of this run has ended" in only_line(answer)
     answer = shared(ranks, tmp_path, "--resume")
     assert answer["rc"] == [0, 0], answer["err"]
     assert_same_bits(tmp_path, expected)
@@ -173,9 +183,7 @@ def test_a_signal_to_one_process_stops_all_after_the_same_step(ranks, whole, tmp
     for processes in (1, 3, 2):
         copy = tmp_path / str(processes)
         shutil.copytree(tmp_path, copy, ignore=shutil.ignore_patterns("1", "2", "3"))
-        answer = shared(ranks, copy, "--resume", processes=processes)
-        assert answer["rc"] == [0] * processes, answer["err"]
-        np.testing.assert_allclose(losses(copy), losses(expected), rtol=1e-2)
+        np.testing.assert_allclose(losses_of(ranks, copy, processes, "--resume"), losses(expected), rtol=1e-2)
     assert_same_bits(copy, expected)
 
 
@@ -199,11 +207,7 @@ def test_photos_are_shared_out_too(ranks, tmp_path, photo_root, flags):
     """A batch with fewer images than processes among them."""
     roots = ["--data_root", str(photo_root / "datasets"), "--list_root", str(photo_root / "data")]
     flags = [*flags, "--dataset", "Flickr25K", *roots, "--batch_size", "9", "--limit", "10", "--epoch_num", "1"]
-    found = []
-    for count in (1, 3):
-        answer = shared(ranks, tmp_path / str(count), *flags, processes=count)
-        assert answer["rc"] == [0] * count, answer["err"]
-        found.append(losses(tmp_path / str(count)))
+    found = [losses_of(ranks, tmp_path / str(count), count, *flags) for count in (1, 3)]
     np.testing.assert_allclose(*found, rtol=1e-3)
 
 
@@ -221,9 +225,7 @@ def test_wrong_input_is_said_once(ranks, tmp_path, what):
     flags, later, line = WRONG[what]
     answer = shared(ranks, tmp_path, *flags, later=later, processes=3)
     assert answer["rc"] == [2, 2, 2], answer
-    said = [line for line in answer["err"].splitlines() if not line.startswith("WARNING")]
-    assert len(said) == 1
-    assert line in said[0]
+    assert line in only_line(answer)
 
 
 def test_other_weights_are_refused(ranks, tmp_path, weights):
@@ -240,11 +242,7 @@ def test_other_weights_are_refused(ranks, tmp_path, weights):
 def test_frozen_batch_norm_is_left_alone(ranks, tmp_path):
     flags = ["--backbone", "resnet18", "--weights", "random", "--image_size", "32", "--trainable_layer_num", "1"]
     flags += ["--epoch_num", "1", "--limit", "40"]
-    found = []
-    for count in (1, 2):
-        answer = shared(ranks, tmp_path / str(count), *flags, processes=count)
-        assert answer["rc"] == [0] * count, answer["err"]
-        found.append(losses(tmp_path / str(count)))
+    found = [losses_of(ranks, tmp_path / str(count), count, *flags) for count in (1, 2)]
     np.testing.assert_allclose(*found, rtol=2e-2)
 
 

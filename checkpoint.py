@@ -37,12 +37,13 @@ class Signals:
     """SIGTERM and SIGINT end a run by `Stopped`: at once, or, while they are deferred, when `check` is called. SIGUSR1
     asks for the state to be saved.
 
-    `pending` is the number of the signal that waits, `save` whether SIGUSR1 came. A second signal does not wait.
+    `pending` is the number of the signal that waits, `save` whether SIGUSR1 came; `agreed` are both as `waiting` found
+    them, in whichever process. A second signal does not wait.
     """
 
     def __init__(self) -> None:
         self.deferring = self.save = False
-        self.pending: int | None = None
+        self.pending, self.agreed = 0, [0, 0]
         self.previous: dict[int, object] = {}
 
     def __enter__(self) -> "Signals":
@@ -57,7 +58,7 @@ class Signals:
     def receive(self, number: int, _: FrameType | None = None) -> None:
         if number == signal.SIGUSR1:
             self.save = True
-        elif self.deferring and (self.pending is None or processes() > 1):  # torchrun sends another to all of them
+        elif self.deferring and (not self.pending or processes() > 1):  # torchrun sends another to all of them
             self.pending = number
         else:
             raise Stopped(number)
@@ -74,22 +75,22 @@ class Signals:
         self._stop_unless_deferring()
 
     def _stop_unless_deferring(self) -> None:
-        if self.pending is not None and not self.deferring:
+        if self.pending and not self.deferring:
             raise Stopped(self.pending)
 
     def waiting(self) -> bool:
         """Whether a signal waits, in any of the run's processes; all of them know of it then."""
-        save, pending = largest(int(self.save), self.pending or 0)
-        self.save, self.pending = bool(save), pending or None
-        return self.save or self.pending is not None
+        self.agreed = largest(int(self.save), self.pending)
+        return any(self.agreed)
 
     def check(self) -> None:
-        """Once the state is saved. Raises Stopped if a signal waits for it."""
-        if self.save:
+        """Once the state is saved. Raises Stopped if `waiting` found a signal: of later ones only one process knows."""
+        save, number = self.agreed
+        if save:
             LOG.info("state saved, as SIGUSR1 asks")
-        self.save = False
-        if self.pending is not None:
-            raise Stopped(self.pending)
+            self.save = False
+        if number:
+            raise Stopped(number)
 
 
 # ---------------------------------------------------------------- the state

@@ -1,7 +1,8 @@
 """Runs main.py's `main` in one forked process after the other: a run each, without the seconds that imports take.
 
-Reads a line of JSON for each run, {"argv": [...], "kill": [point, count] or null, "timeout": seconds}, and answers with
-another: {"rc": exit code or minus the signal, "out": ..., "err": ..., "points": how often it came to each point}.
+Reads a line of JSON for each run, {"argv": [...], "kill": [point, count, signal] or null, "timeout": seconds}, and
+answers with another: {"rc": exit code or minus the signal, "out": ..., "err": ..., "points": how often it came to each
+point}. Without a signal in "kill" it is SIGKILL.
 """
 
 import itertools
@@ -35,18 +36,20 @@ POINTS = {
     "sync": (os, "fsync"),  # of a temporary file
     "rename": (Path, "replace"),  # onto its final name
     "rank": (retrieval, "ranking"),
+    "save": (checkpoint.Training, "save"),
 }
 
 
 def count_points(kill: list | None, path: Path) -> None:
-    """Count calls of the functions in `POINTS`, into a file; at the one that `kill` names, end without warning."""
+    """Count calls of the functions in `POINTS`, into a file; at the one that `kill` names, end without warning, or send
+    the signal that it names too."""
     counts = dict.fromkeys(POINTS, 0)
 
     def counting(name: str, original):
         def function(*arguments, **named):
             counts[name] += 1
-            if kill == [name, counts[name]]:
-                os.kill(os.getpid(), signal.SIGKILL)
+            if kill and kill[:2] == [name, counts[name]]:
+                os.kill(os.getpid(), *(kill[2:] or [signal.SIGKILL]))
             path.write_text(json.dumps(counts))
             return original(*arguments, **named)
 

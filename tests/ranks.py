@@ -1,7 +1,8 @@
 """Lets several forked processes share a run of main.py, as torchrun would, without the seconds that imports take.
 
 Reads a line of JSON for each run, {"argv": [...], "processes": W, "double": path or null, "kill": [rank, signal,
-seconds] or null, "later": more flags of all but the first process, "timeout": seconds}, and answers with another:
+seconds] or null, "signal": [rank, point, count, signal] (see forks.py) or null, "later": more flags of all but the
+first process, "timeout": seconds}, and answers with another:
 {"rc": exit codes, or minus the signals, "out": ..., "err": ..., "seconds": to the end of the last process, from the
 signal if there was one}. With "double" nothing is written but, by each process, the losses of its steps, its codes,
 weights and memory, all in float64.
@@ -65,7 +66,9 @@ def process(request: dict, rank: int, port: int, folder: Path) -> None:
     os.environ |= {"TORCHELASTIC_RUN_ID": "forked"}
     if request.get("double"):
         forks.main.main = lambda argv: train_in_double(argv, Path(request["double"]))
-    forks.child({"argv": request["argv"] + request.get("later", []) * (rank > 0)}, folder)
+    victim, *moment = request.get("signal") or [None]
+    argv = request["argv"] + request.get("later", []) * (rank > 0)
+    forks.child({"argv": argv, "kill": moment if victim == rank else None}, folder)
 
 
 def run(request: dict) -> dict:

@@ -17,6 +17,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from helpers import GOLDEN, LIVELY, ROOT, small_run, write_cifar10, write_flickr25k, write_nuswide  # noqa: F401
 
 from methods.backbones import build_backbone
+from utils import locked
 
 
 # a session's, as Hypothesis wants it
@@ -49,9 +50,13 @@ def real_data():
 
 @pytest.fixture(scope="session")
 def real_cifar10_root(real_data, tmp_path_factory):
-    """A data root with the real images, laid out by the folder's own tool."""
-    root = tmp_path_factory.mktemp("real")
-    subprocess.run([sys.executable, real_data / "tools" / "make_cifar10.py", root / "CIFAR-10"], check=True)
+    """A data root with the real images, laid out by the folder's own tool, once for all workers."""
+    several = "PYTEST_XDIST_WORKER" in os.environ
+    root = tmp_path_factory.getbasetemp().parent / "real" if several else tmp_path_factory.mktemp("real")
+    with locked(root.with_suffix(".lock"), "waiting for the real images", wait=True):
+        if not (root / "complete").exists():
+            subprocess.run([sys.executable, real_data / "tools" / "make_cifar10.py", root / "CIFAR-10"], check=True)
+            (root / "complete").touch()
     return root
 
 

@@ -184,7 +184,7 @@ def test_a_signal_to_one_process_stops_all_after_the_same_step(ranks, whole, tmp
     assert answer["err"].count("SIGTERM") == 1
     log = (tmp_path / "logs" / "small.log").read_text()  # the first process's
     assert log.rstrip().endswith("stopped by SIGTERM: go on with --resume")
-    for processes in (1, 3, 2):
+    for processes in (1, 3, 2) if HOSTILE else (1, 2):
         copy = tmp_path / str(processes)
         shutil.copytree(tmp_path, copy, ignore=shutil.ignore_patterns("1", "2", "3"))
         np.testing.assert_allclose(losses_of(ranks, copy, processes, "--resume"), losses(expected), rtol=1e-2)

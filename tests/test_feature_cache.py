@@ -85,7 +85,7 @@ def test_features_do_not_depend_on_neighbours(weights, tmp_path):
 def test_real_codes_are_the_same_to_the_last_bit(real_cifar10_root, real_data, tmp_path):
     weights = real_data / "real" / "squeezenet1_0_imagenet_fp16.pth"
     config = parse(
-        ["--dataset", "CIFAR10", "--protocol", "II", "--data_root", str(real_cifar10_root), "--limit", "500",
+        ["--dataset", "CIFAR10", "--protocol", "II", "--data_root", str(real_cifar10_root), "--limit", "200",
          "--backbone", "squeezenet1_0", "--weights", str(weights), "--image_size", "128", "--feature_cache", "off"]
     )  # fmt: skip
     computed = values_of(config)

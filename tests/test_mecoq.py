@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 import torchvision
-from helpers import config_of, method_of, no_backbone, small_run, splits_of
+from helpers import HOSTILE, config_of, method_of, no_backbone, small_run, splits_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -319,7 +319,7 @@ def test_gradients_reach_all_that_is_learned_and_nothing_else():
 # ---------------------------------------------------------------- checkpoints
 
 
-@pytest.mark.parametrize("recipe", ["paper", "release"])
+@pytest.mark.parametrize("recipe", ["paper", *["release"] * HOSTILE])
 def test_a_checkpoint_of_the_authors_release(recipe, tmp_path):
     """Their keys, `vgg.*`, `projection.*`, `pq_layer._C`: MAP as by torchvision's network and plain scoring."""
     vgg = torchvision.models.vgg16(weights=None).eval()

@@ -8,7 +8,7 @@ from html.parser import HTMLParser
 import numpy as np
 import pytest
 import torch
-from helpers import LIVELY, SMALL, call, refused, small_run
+from helpers import HOSTILE, LIVELY, SMALL, call, refused, small_run
 
 import engine
 import loaders
@@ -177,7 +177,7 @@ def test_photos_with_several_labels(photo_root, tmp_path):
         (("config", "data_root"), 3.5), (("config", "data_root"), "\0"), (("config", "feature_cache"), 3.5),
         (("config", "alpha"), "x"), (("config", "trainable_layer_num"), 10**6), (("config", "T"), "x"),
         (("config",), {}), (("model_sha256",), 3),
-    ],
+    ][:: 1 if HOSTILE else 4],
     ids=lambda x: str(x)[:40],
 )  # fmt: skip
 def test_altered_metrics_end_in_one_line(place, value, reported, tmp_path, capsys):

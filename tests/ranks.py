@@ -9,6 +9,7 @@ weights and memory, all in float64.
 """
 
 import json
+import math
 import os
 import signal
 import socket
@@ -30,6 +31,8 @@ import feature_cache
 import loaders
 from config import parse
 from methods.batch_norm import synchronize_batch_norm
+
+PATIENCE = 10  # seconds after which a process that outlives another gets the SIGTERM that torchrun sends at once
 
 
 def train_in_double(argv: list[str], path: Path) -> int:
@@ -88,14 +91,18 @@ def run(request: dict) -> dict:
             time.sleep(seconds)
             os.kill(pids[victim], number)
             killed = time.monotonic()
-        deadline = time.monotonic() + request.get("timeout", 60)
+        deadline, ended = time.monotonic() + request.get("timeout", 60), math.inf
         while len(codes) < len(pids):
             for pid in set(pids) - set(codes):
                 done, status = os.waitpid(pid, os.WNOHANG)
                 if done:
                     codes[pid] = os.waitstatus_to_exitcode(status)
+                    if codes[pid] < 0:
+                        ended = min(ended, time.monotonic())
                 elif time.monotonic() > deadline:
                     os.killpg(pid, signal.SIGKILL)
+                elif time.monotonic() > ended + PATIENCE:
+                    os.kill(pid, signal.SIGTERM)
             time.sleep(0.01)
         texts = {name: (folder / name).read_text() for name in ("out", "err") if (folder / name).exists()}
     del store

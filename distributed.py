@@ -182,8 +182,8 @@ def naming_lost_process() -> Iterator[None]:
 
 
 def lost_process(error: BaseException) -> str:
-    """What to say of it: the error's first sentence, without the place in gloo's code."""
-    reason = re.sub(r"^\[[^]]*\] *", "", one_line(error)).partition(". ")[0]
+    """What to say of it: the error's first sentence, without places in gloo's code."""
+    reason = re.sub(r"\[[^]]*\.\w+:\d+\] *", "", one_line(error)).partition(". ")[0]
     return f"another process of this run has ended or cannot be reached ({reason[:200]})"
 
 

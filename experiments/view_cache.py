@@ -9,9 +9,9 @@ import hashlib
 import json
 import shutil
 from collections.abc import Iterator
+from importlib import metadata
 from pathlib import Path
 
-import kornia
 import numpy as np
 import PIL
 import torch
@@ -47,13 +47,22 @@ def views_key(configuration: Config) -> dict[str, object]:
 
 def cache_key(configuration: Config, fingerprint: str) -> dict[str, object]:
     """All that features of views depend on; the fingerprint is that of images and weights."""
+    makers = torch.__version__, torchvision.__version__, kornia_version(), PIL.__version__, opencv().__version__
     return {
         "format": FORMAT,
         **views_key(configuration),
         "sha256": fingerprint,
         "processor": processor_name(configuration.device),
-        "versions": [library.__version__ for library in (torch, torchvision, kornia, PIL, opencv())],
+        "versions": list(makers),
     }
+
+
+def kornia_version() -> str | None:
+    """None if it is not installed: only SPQ's views need it."""
+    try:
+        return metadata.version("kornia")
+    except metadata.PackageNotFoundError:
+        return None
 
 
 class ViewCache:

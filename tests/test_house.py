@@ -89,6 +89,13 @@ def test_nothing_imports_main():
     assert not [module for module, path in MODULES.items() if "main" in imported(path)]
 
 
+@pytest.mark.parametrize("path", SOURCES, ids=str)
+def test_only_spqs_views_need_kornia(path):
+    for node in tree_of(path).body:
+        names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else [getattr(node, "module", "")]
+        assert not any(name and name.partition(".")[0] == "kornia" for name in names)
+
+
 def test_there_is_no_circle():
     graph = {module: imported(path) for module, path in MODULES.items()}
     done, order = set(), list(graph)

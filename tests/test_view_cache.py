@@ -2,6 +2,8 @@
 
 import json
 from dataclasses import replace
+from importlib.metadata import PackageNotFoundError
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -45,6 +47,14 @@ def test_training_on_cached_views_is_training_on_the_images(flags, weights, tmp_
         assert ours["val_mAP"] == pytest.approx(theirs["val_mAP"], abs=5e-3)
     assert result["map"] == max(epoch["val_mAP"] for epoch in result["history"])
     assert len(list((tmp_path / "views").glob("*/epoch*.npy"))) == 3
+
+
+def test_a_cache_knows_kornias_version_if_there_is_one(monkeypatch):
+    import kornia
+
+    assert kornia.__version__ in cache_key(frozen(), "")["versions"]
+    monkeypatch.setattr("importlib.metadata.distribution", mock.Mock(side_effect=PackageNotFoundError))
+    assert None in cache_key(frozen(), "")["versions"]
 
 
 def test_a_cache_holds_the_features_of_the_views(weights, tmp_path):

@@ -110,6 +110,8 @@ FLAGS: dict[str, tuple[Flag, ...]] = {
              "training images and bring all to one length, before anything is learned of them; in neither recipe"),
         Flag("precision", "bf16", "features", "of the frozen part of the backbone; all that is learned is float32",
              choices=("bf16", "fp32")),
+        Flag("int8_views", False, "views", "run the frozen convolutions of views in 8-bit integers; tests are as ever: "
+             "of vgg16 and squeezenet1_0, on a CPU"),
     ),
     "optimisation": (
         Flag("epoch_num", 50, "result", "epochs; 0 tests the untrained model", not_negative),
@@ -340,6 +342,8 @@ def check(values: Mapping[str, Any]) -> None:
         raise InputError(f"--image_size {values['image_size']}: {name} needs at least {backbone.smallest}")
     if values["normalize_features"] and (values["trainable_layer_num"] or not backbone.pretrained):
         raise InputError("--normalize_features: the mean of features that learn does not stay: freeze the --backbone")
+    if values["int8_views"] and (values["device"] != "cpu" or name not in ("vgg16", "squeezenet1_0")):
+        raise InputError("--int8_views: of --backbone vgg16 and squeezenet1_0 on a CPU only")
     if values["views"] == "pil" and values["augmentation"] != "MeCoQ":
         raise InputError(f"--views pil: --augmentation {values['augmentation']} is made in batches only")
     if values["weights"] == "imagenet" and not backbone.pretrained:

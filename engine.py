@@ -52,7 +52,10 @@ def build(config: Config) -> tuple[Splits, Method]:
     method = None if config.weights == "imagenet" else build_method(config)
     with distributed.one_for_all(config.download_cifar10):
         splits = build_splits(config)
-    return splits, method or build_method(config)
+    method = method or build_method(config)
+    if config.int8_views and not config.test_only:
+        method.backbone.quantize_views(loaders.some_images(splits.train, preprocessing(config)))
+    return splits, method
 
 
 def build_splits(config: Config) -> Splits:

@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
@@ -20,6 +21,7 @@ from utils import InputError, leave_signals, sample_seed, worker_count
 from vectors import VectorPairs, Vectors
 
 TEST_BATCH = 128  # images, whatever --batch_size: rounding must not depend on it
+SOME = 128  # images, from which ranges of integers are taken
 
 
 @dataclass(frozen=True)
@@ -319,6 +321,12 @@ def test_batches(images: Images | ImageFiles | Vectors, preprocessing: Preproces
 
 
 test_batches.__test__ = False  # not a pytest function
+
+
+def some_images(images: Images | ImageFiles, preprocessing: Preprocessing) -> Tensor:
+    """As test images are seen, `[B, 3, S, S]`, `SOME` of them at most, evenly spread."""
+    rows = np.unique(np.linspace(0, len(images) - 1, SOME).round().astype(int))
+    return torch.cat(list(test_batches(images.subset(rows), preprocessing)))
 
 
 def _loader_options(device: str, num_workers: int, every_epoch: bool = False) -> dict:

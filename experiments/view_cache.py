@@ -101,12 +101,13 @@ class ViewCache:
             shape = [2, n, backbone.dim]
             missing = [epoch for epoch in range(epochs) if epoch not in self.sound and not self._whole(epoch, shape)]
             self._check_space(len(missing), 4 * int(np.prod(shape)))
-            backbone.eval()
+            backbone.train()  # no dropout, see `can_cache`: it only tells views from test images
             for epoch in missing:
                 loader.set_epoch(epoch)
                 bar = progress_bar(loader, f"features of epoch {epoch}'s views")
                 pairs = [torch.stack(backbone(views).chunk(2)).cpu() for views in bar]
                 self._write(epoch, torch.cat(pairs, dim=1).numpy())
+            backbone.eval()
             self.sound.update(range(epochs))
 
     def _whole(self, epoch: int, shape: list[int]) -> bool:

@@ -17,6 +17,7 @@ from torch.nn.modules.dropout import _DropoutNd as Dropout
 
 from distributed import CPU_CHUNK, KEPT_BLOCK, by_chunks
 from methods import BACKBONES
+from methods.int8 import quantized
 from methods.prepared import Prepared
 from utils import InputError, load_object, load_tensors, one_line
 
@@ -44,6 +45,7 @@ class Backbone(nn.Module):
         dropout = (any(isinstance(module, Dropout) for module in block.modules()) for block in blocks)
         self.maps = [*dropout, True].index(True)  # blocks in front of any dropout, which draws for CPU_CHUNK images
         self.prepared: dict[tuple[int, int], Prepared] = {}
+        self.int8: Callable[[Tensor], Tensor] | None = None
         self.net.requires_grad_(False)
         for block in self.blocks[self.split :]:
             block.requires_grad_(True)
@@ -70,6 +72,18 @@ class Backbone(nn.Module):
                 f"--compile: PyTorch cannot compile the backbone here ({one_line(error)[:200]}): it needs a C++ "
                 "compiler, or leave the flag out"
             ) from error
+
+    @torch.inference_mode()
+    def quantize_views(self, images: Tensor) -> None:
+        """Run the frozen convolutions in 8-bit integers in training, on a CPU (`--int8_views`).
+
+        Args:
+            images: `[B, 3, S, S]`, from which the ranges of the integers are taken.
+
+        Raises InputError if that does not go.
+        """
+        x = images.contiguous(memory_format=torch.channels_last)
+        self.int8 = quantized(self.blocks[: min(self.maps, self.cut)], x.split(self.rows(x)))
 
     def _through(self, x: Tensor, start: int, stop: int) -> Tensor:
         for block in self.blocks[start:stop]:
@@ -114,6 +128,18 @@ class Backbone(nn.Module):
         """Images `[B, 3, S, S]` -> what leaves the prefix `[B, ...]`, float32."""
         return by_chunks(lambda part: self._frozen(part, 0, self.cut), x)  # a copy, which autograd may keep
 
+    @torch.inference_mode()
+    def _integers(self, x: Tensor) -> Tensor:
+        """What leaves the convolutions in 8-bit integers; float32."""
+        with torch.autocast("cpu", torch.bfloat16):
+            return self.int8(x.contiguous(memory_format=torch.channels_last)).float()
+
+    def _prefix_of_views(self, x: Tensor) -> Tensor:
+        """`prefix` with convolutions in 8-bit integers."""
+        maps = min(self.maps, self.cut)
+        x = by_chunks(self._integers, x, rows=self.rows(x))
+        return by_chunks(lambda part: self._frozen(part, maps, self.cut), x) if maps < self.cut else x
+
     def suffix(self, x: Tensor) -> Tensor:
         """What leaves the prefix `[B, ...]` -> features `[B, dim]`."""
         if self.cut < self.split:
@@ -123,7 +149,7 @@ class Backbone(nn.Module):
         return x
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.suffix(self.prefix(x))
+        return self.suffix(self._prefix_of_views(x) if self.training and self.int8 else self.prefix(x))
 
 
 class PassThrough(nn.Module):

@@ -25,7 +25,7 @@ DEFAULTS = {
     "hp_lambda": 0, "codebooks": "trained", "pairing": "own", "debias_memory": True, "negative_bound": "dcl",
     "normalize_memory": True, "keep_lr_scaling": True, "normalize_query": True, "detect_anomaly": False,
     "codebook_init": "sphere", "queue_advance": "entries", "ties": "expected", "augmentation": "MeCoQ",
-    "drop_last": False, "schedule": "batch",
+    "drop_last": False, "schedule": "batch", "int8_views": False,
     "memory": "none", "skip_bad_images": False, "images": None, "normalize_features": False,
     "embeddings": None, "embedding_views": None, "embedding_labels": None,
     "test_only": False, "checkpoint": None, "resume": False, "overwrite": False, "compile": False, "save_interval": 500,

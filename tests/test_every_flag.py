@@ -37,6 +37,7 @@ CHANGES: dict[str, tuple[list[str], list[str]]] = {
     "trainable_layer_num": (FROZEN, ["--trainable_layer_num", "1", "--lr_scaling", "1"]),
     "normalize_features": (FROZEN, ["--normalize_features"]),
     "precision": (FROZEN, ["--precision", "fp32"]),
+    "int8_views": (FROZEN, ["--int8_views"]),
     "epoch_num": ([], ["--epoch_num", "1"]),
     "batch_size": ([], ["--batch_size", "20"]),
     "optimizer": ([], ["--optimizer", "Adam"]),

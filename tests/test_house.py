@@ -18,6 +18,7 @@ ORDER = [
     {"data"},
     {"loaders", "methods.flags"},
     {"methods", "methods.prepared", "methods.batch_norm"},
+    {"methods.int8"},
     {"methods.backbones"},
     {"methods.base"},
     {"methods.mecoq", "methods.spq", "methods.cibhash"},

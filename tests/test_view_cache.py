@@ -30,7 +30,8 @@ def filled(root, configuration, splits, backbone):
 
 
 @pytest.mark.parametrize(
-    "flags", [[], ["--recipe", "release", "--symmetric_distance", "--seed", "5"], ["--normalize_features"]]
+    "flags",
+    [[], ["--recipe", "release", "--symmetric_distance", "--seed", "5"], ["--normalize_features"], ["--int8_views"]],
 )
 def test_training_on_cached_views_is_training_on_the_images(flags, weights, tmp_path):
     flags = [*flags, "--weights", weights]

@@ -68,7 +68,7 @@ def expected_average_precision(ranking: Ranking, hits: Tensor, precision: Tensor
 
     cut = _places(cut, cut_count)
     start = start[cut]
-    sums[cut, start] = 0
+    sums[cut, start] = sums.new_zeros(())  # a number of the host's would be waited for
     total = sums.sum(dim=1)
     expected = total / hits[:, -1].clamp(min=1)
     expected[cut] = _cut_group(total[cut], start, before[cut], group[:, cut], K, width + 1)

@@ -24,6 +24,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+import ties
+import transforms
 from utils import load_object
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -217,6 +219,8 @@ class PretendedGPU(TorchDispatchMode):
                 elif index.dtype in (torch.bool, torch.uint8) and not fills:
                     self.wait("boolean index")
             strangers = [x for x in strangers if all(x is not i for i in indices)]
+            if strangers and not fills:
+                self.wait("number of the host")  # a copy of four bytes, which is waited for
         first = args[0] if args and isinstance(args[0], torch.Tensor) else None
         changed = func._schema.is_mutable and any(x is first for x in strangers)
         numbers = torch.Tag.pointwise in func.tags or name in TAKES_NUMBERS
@@ -322,6 +326,23 @@ def _fakes(gpu: PretendedGPU) -> dict[object, dict[str, object]]:
             "_foreach_supported_types": [torch.Tensor, torch.nn.Parameter, OnDevice]
         },
     }  # fmt: skip
+
+
+@contextmanager
+def nothing_left() -> Iterator[None]:
+    """On one thread; PyTorch's switches, and constants on a GPU that is gone, do not outlive it."""
+    cudnn, matmul, threads = torch.backends.cudnn, torch.backends.cuda.matmul, torch.get_num_threads()
+    before = cudnn.allow_tf32, cudnn.deterministic, matmul.allow_tf32
+    torch.set_num_threads(1)
+    for constants in (transforms.on_device, ties.harmonic_numbers):
+        constants.cache_clear()
+    try:
+        yield
+    finally:
+        for constants in (transforms.on_device, ties.harmonic_numbers):
+            constants.cache_clear()
+        torch.set_num_threads(threads)
+        cudnn.allow_tf32, cudnn.deterministic, matmul.allow_tf32 = before
 
 
 @contextmanager

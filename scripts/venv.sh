@@ -15,7 +15,10 @@ if [ -z "${MECOQ_PYTHON:-}" ]; then
                 fi
                 "${PYTHON:-python3}" -m venv .venv
             fi
-            "$python" -m pip install --quiet --disable-pip-version-check --requirement="$file"
+            if ! "$python" -m pip install --quiet --disable-pip-version-check --requirement="$file"; then
+                echo "error: $file could not be installed; to use an environment of your own, give MECOQ_PYTHON=/path/to/python before the command" >&2
+                exit 2
+            fi
             printf '%s\n' "$wanted" >".venv/installed-$file"
         fi
     done

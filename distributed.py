@@ -59,7 +59,8 @@ def check_device(device: str) -> None:
 
 def use_device(device: str, precision: str) -> str:
     """Make a device the current one; on a CPU, the process keeps memory that it frees. Returns the precision to run
-    in: "fp32" if a GPU has no bfloat16. With "fp32", convolutions on a GPU do not round to TF32 either.
+    in: "fp32" if a GPU has no bfloat16. On a GPU, matrix products do not round to TF32, nor, with "fp32", convolutions;
+    and cuDNN adds in a fixed order.
 
     Raises InputError if the device is not there.
     """
@@ -69,6 +70,8 @@ def use_device(device: str, precision: str) -> str:
         return precision
     torch.cuda.set_device(device)
     torch.backends.cudnn.allow_tf32 = precision != "fp32"
+    torch.backends.cuda.matmul.allow_tf32 = False  # which an environment variable may have turned on
+    torch.backends.cudnn.deterministic = True
     return precision if torch.cuda.is_bf16_supported(False) else "fp32"
 
 
@@ -165,6 +168,8 @@ def is_loss(error: BaseException) -> bool:
     """Whether an error says that another process cannot be reached: gloo and NCCL have no type for it alone."""
     if not launched():
         return False
+    if "out of memory" in str(error):
+        return False
     words = ("gloo", "NCCL", "Connection closed by peer", "Connection reset by peer", "Broken pipe")
     lost = isinstance(error, dist.DistError) or any(word in str(error) for word in words)
     return isinstance(error, RuntimeError) and not isinstance(error, RunError) and lost
@@ -182,7 +187,10 @@ def naming_lost_process() -> Iterator[None]:
 
 
 def lost_process(error: BaseException) -> str:
-    """What to say of it: the error's first sentence, without places in gloo's code."""
+    """What to say of it: NCCL's own reason, or the error's first sentence, without places in gloo's code."""
+    _, _, last = one_line(error).partition("Last error:")
+    if last and "remote process" not in last:
+        return f"the processes of this run cannot reach one another: NCCL says {last.strip()[:200]}"
     reason = re.sub(r"\[[^]]*\.\w+:\d+\] *", "", one_line(error)).partition(". ")[0]
     return f"another process of this run has ended or cannot be reached ({reason[:200]})"
 
@@ -320,6 +328,7 @@ def average_gradients(parameters: Iterable[nn.Parameter]) -> None:
 def copy_from_first(*tensors: Tensor) -> None:
     """Overwrite tensors by those of the first process."""
     if processes() > 1:
+        largest(0)  # if that process is gone, gloo says so; NCCL would wait
         with torch.no_grad():
             for tensor in tensors:
                 whole = tensor.detach().contiguous()

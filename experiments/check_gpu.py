@@ -17,7 +17,7 @@ from pathlib import Path
 from config import parse
 from utils import InputError, Parser, check_writable, load_object, run_script
 
-MINUTES = 9.0  # after which no further section begins
+MINUTES = 8.0  # after which no further section begins
 SECTIONS = {  # name -> "module:function", which yields rows
     "machine": "experiments.check_report:machine",
     "golden numbers": "experiments.check_numbers:golden_numbers",

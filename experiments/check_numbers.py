@@ -29,7 +29,7 @@ from utils import RunError, load_tensors, one_line
 GOLDEN = Path(os.environ.get("MECOQ_GOLDEN", ROOT / "tests" / "golden"))
 FEW = 100  # queries that are ranked on both devices
 KILLED_AFTER = 6  # states that a run has written
-LONGEST = 180  # seconds that such a run may take
+LONGEST = 60  # seconds that such a run may take
 
 
 def without_tf32() -> None:

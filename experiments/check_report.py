@@ -90,11 +90,11 @@ class Report:
 def settings_restored() -> Iterator[None]:
     """What a section changes of PyTorch's switches ends with it."""
     cudnn, matmul = torch.backends.cudnn, torch.backends.cuda.matmul
-    before = cudnn.allow_tf32, cudnn.benchmark, matmul.allow_tf32
+    before = cudnn.allow_tf32, cudnn.benchmark, cudnn.deterministic, matmul.allow_tf32
     try:
         yield
     finally:
-        cudnn.allow_tf32, cudnn.benchmark, matmul.allow_tf32 = before
+        cudnn.allow_tf32, cudnn.benchmark, cudnn.deterministic, matmul.allow_tf32 = before
 
 
 def carry_out(name: str, function: Callable[[Check], Iterator[Row]], check: Check, report: Report) -> None:

@@ -25,7 +25,7 @@ from utils import locked
 def device(request):
     """Each device that is there; its float32 is no TF32."""
     if request.param != "cpu":
-        torch.backends.cudnn.allow_tf32 = False
+        torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
     return request.param
 
 

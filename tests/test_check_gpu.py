@@ -12,10 +12,9 @@ import numpy as np
 import pytest
 import torch
 from helpers import GOLDEN, HOSTILE, ROOT, thin_vgg, wait_for
-from pretended_gpu import MISSING, pretended_gpu
+from pretended_gpu import MISSING, nothing_left, pretended_gpu
 
 import data
-import transforms
 from data import Source
 from experiments import check_gpu, check_numbers, check_report, check_speed
 from experiments.check_base import Check, Row, Sizes, Skipped, write_images
@@ -39,13 +38,8 @@ def _small(monkeypatch):
     monkeypatch.setattr(check_report, "write_images", lambda root: None)
     monkeypatch.setattr(check_speed, "matmul_peak", lambda *_: 1e12)
     monkeypatch.setattr(check_speed, "copy_bandwidth", lambda *_: 1e10)
-    threads, tf32 = torch.get_num_threads(), torch.backends.cudnn.allow_tf32
-    torch.set_num_threads(1)
-    transforms.on_device.cache_clear()
-    yield
-    transforms.on_device.cache_clear()
-    torch.set_num_threads(threads)
-    torch.backends.cudnn.allow_tf32 = tf32
+    with nothing_left():
+        yield
 
 
 def rows_of(section: str, folder: Path, device: str = "cpu") -> list[Row]:

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from helpers import HOSTILE, call, change_images, splits_of, thin_vgg
-from pretended_gpu import MISSING, pretended_gpu
+from pretended_gpu import MISSING, nothing_left, pretended_gpu
 
 import checkpoint
 import config
@@ -20,7 +20,6 @@ import main
 import model_file
 import retrieval
 import ties
-import transforms
 from distributed import processor_name, use_device
 from experiments import flags, sweep
 from retrieval import Measure
@@ -53,19 +52,8 @@ def case(*flags: str, marks: tuple = ()):
 def _one_thread():
     if MISSING:
         pytest.skip(f"this PyTorch has no {', '.join(MISSING)}")
-    threads, tf32 = torch.get_num_threads(), torch.backends.cudnn.allow_tf32
-    torch.set_num_threads(1)
-    forget_constants()
-    yield
-    forget_constants()
-    torch.set_num_threads(threads)
-    torch.backends.cudnn.allow_tf32 = tf32
-
-
-def forget_constants():
-    """What is kept of a GPU that is gone."""
-    transforms.on_device.cache_clear()
-    ties.harmonic_numbers.cache_clear()
+    with nothing_left():
+        yield
 
 
 @pytest.fixture
@@ -253,9 +241,12 @@ def test_the_release_recipe_looks_for_anomalies_only_if_asked(gpu, tmp_path):
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_float32_means_no_tf32(gpu, monkeypatch, precision):
+def test_float32_means_no_tf32_and_bits_do_not_vary(gpu, monkeypatch, precision):
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", precision == "fp32")
+    torch.backends.cuda.matmul.allow_tf32 = True
+    assert not torch.backends.cudnn.deterministic
     assert use_device("cuda:0", precision) == precision
+    assert torch.backends.cudnn.deterministic
     assert torch.backends.cudnn.allow_tf32 == (precision == "bf16")
     assert f"TF32 ({precision == 'bf16'}, False)" in processor_name("cuda:0")
 

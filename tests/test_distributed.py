@@ -118,6 +118,31 @@ def test_a_lost_process_is_told_of_without_places_in_the_code_of_gloo():
     assert said.endswith("(Gloo failed with timed out: remote=[127.0.0.1]:2480$0)")
 
 
+def test_what_nccl_says_is_passed_on():
+    text = (
+        "NCCL error in: /pytorch/NCCLUtils.cpp:93, unhandled system error (run with NCCL_DEBUG=INFO for details), NCCL "
+        "version 2.27.7\nncclSystemError: System call (e.g. socket, malloc) or external library call failed.\n"
+        "Last error:\nError while creating shared memory segment /dev/shm/nccl-x (size 33030528)"
+    )
+    said = distributed.lost_process(RuntimeError(text))
+    assert said.endswith("NCCL says Error while creating shared memory segment /dev/shm/nccl-x (size 33030528)")
+
+
+@pytest.mark.parametrize(("words", "loss"), [("NCCL: Connection reset", True), ("NCCL: out of memory", False)])
+def test_a_full_gpu_is_no_lost_process(monkeypatch, words, loss):
+    monkeypatch.setattr(distributed, "launched", lambda: True)
+    assert distributed.is_loss(RuntimeError(words)) == loss
+
+
+def test_a_first_process_that_is_gone_is_not_waited_for(monkeypatch):
+    happened = []
+    monkeypatch.setattr(distributed, "processes", lambda: 2)
+    monkeypatch.setattr(distributed, "largest", lambda *numbers: happened.append("gloo") or list(numbers))
+    monkeypatch.setattr(torch.distributed, "broadcast", lambda *_: happened.append("NCCL"))
+    distributed.copy_from_first(torch.zeros(2), torch.zeros(3))
+    assert happened == ["gloo", "NCCL", "NCCL"]
+
+
 # ---------------------------------------------------------------- runs
 
 TRAINED = [*SMALL, *LIVELY, "--epoch_num", "4", "--save_interval", "3"]

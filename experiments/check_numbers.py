@@ -27,6 +27,7 @@ from retrieval import Measure
 from utils import RunError, load_tensors, one_line
 
 GOLDEN = Path(os.environ.get("MECOQ_GOLDEN", ROOT / "tests" / "golden"))
+MAIN = ROOT / "main.py"
 FEW = 100  # queries that are ranked on both devices
 KILLED_AFTER = 6  # states that a run has written
 LONGEST = 60  # seconds that such a run may take
@@ -243,7 +244,7 @@ def state(folder: Path) -> Path:
 def started(argv: list[str], output: Path) -> Iterator[subprocess.Popen]:
     """`main.py` in a process of its own, which does not outlive the context. Raises RunError with its last words if
     it failed."""
-    command = [sys.executable, str(ROOT / "main.py"), *argv, "--output", str(output)]
+    command = [sys.executable, str(MAIN), *argv, "--output", str(output)]
     output.mkdir(exist_ok=True)
     errors = output / "errors"
     with errors.open("w") as file:

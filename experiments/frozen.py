@@ -4,7 +4,8 @@ import multiprocessing
 import statistics
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
+from functools import partial
 from multiprocessing.connection import Connection
 
 import torch
@@ -22,32 +23,38 @@ IMAGES = 2 * CPU_CHUNK  # of a round
 
 
 def frozen(config: Config, options: Options) -> list[dict]:
-    """The backbone's prefix on random images: ours, and the blocks as they are with weights cast at every pass and
-    memory as the C library manages it. As the latter holds for a process, each side has its own. On a CPU, all seconds
-    are a core's, see `busy`."""
+    """The backbone's prefix on random images: ours, with `--int8_views` also in 8-bit integers, and the blocks as they
+    are with weights cast at every pass and memory as the C library manages it. As the latter holds for a process, each
+    side has its own. On a CPU, all seconds are of one core, see `busy`."""
+    if config.device == "cpu":
+        torch.set_num_threads(1)
     backbone = engine.build_method(config).backbone.eval()
     if backbone.cut == 0:
         raise InputError(f"--backbone {config.backbone}: has no frozen block to time")
     one = torch.zeros(1, 3, config.image_size, config.image_size, device=config.device)
     work = flops(lambda: as_they_are(backbone, one)) * IMAGES
-    ours, plain, peaks = [], [], []
-    with side(config, True) as our_side, side(config, False) as plain_side:
+    times, peaks = {"ours": [], "plain": []} | ({"int8": []} if config.int8_views else {}), []
+    with ExitStack() as stack:
+        sides = {name: stack.enter_context(side(config, name)) for name in times}
         for _ in range(options.repeats + 1):
-            ours.append(our_side())
-            plain.append(plain_side())
+            for name, call in sides.items():
+                times[name].append(call())
             peaks.append(peak_of_core(config))
-    result = row(f"frozen blocks at {config.image_size} px", (ours[1:], plain[1:]), IMAGES)
-    peak = statistics.median(peaks[1:])
-    result["share_of_matmul_peak"] = work / result["ours_seconds"] / peak
-    result["plain_share_of_matmul_peak"] = work / result["plain_seconds"] / peak
-    result["matmul_peak_flops"] = peak
+    peak, plain, rows = statistics.median(peaks[1:]), times.pop("plain")[1:], []
+    for name, ours in times.items():
+        how = ", 8-bit integers" if name == "int8" else ""
+        result = row(f"frozen blocks at {config.image_size} px{how}", (ours[1:], plain), IMAGES)
+        result["share_of_matmul_peak"] = work / result["ours_seconds"] / peak
+        result["plain_share_of_matmul_peak"] = work / result["plain_seconds"] / peak
+        rows.append(result | {"matmul_peak_flops": peak})
     if config.precision == "bf16":
-        result["layers"] = layers(backbone, config, options.repeats, peak)
-    return [result]
+        rows[0]["layers"] = layers(backbone, config, options.repeats, peak)
+    return rows
 
 
 def busy(work: Callable[[], object], device: str) -> float:
-    """How long `work` takes; on a CPU the seconds of all threads, to which other processes add little."""
+    """How long `work` takes; on a CPU the seconds of the core, to which other processes add little. Of several threads
+    the system would count but whole ticks."""
     if device != "cpu":
         return seconds(work, device)
     start = time.process_time()
@@ -72,11 +79,11 @@ def as_they_are(backbone: Backbone, images: Tensor) -> Tensor:
 
 
 @contextmanager
-def side(config: Config, ours: bool) -> Iterator[Callable[[], float]]:
-    """A process of one side; a call has it do a round, and returns the seconds that took."""
+def side(config: Config, name: str) -> Iterator[Callable[[], float]]:
+    """A process of one side, "ours", "int8" or "plain"; a call has it do a round, and returns the seconds that took."""
     context = multiprocessing.get_context("spawn")
     here, there = context.Pipe()
-    process = context.Process(target=serve, args=(there, config, ours), daemon=True)
+    process = context.Process(target=serve, args=(there, config, name), daemon=True)
     process.start()
     there.close()
 
@@ -91,19 +98,20 @@ def side(config: Config, ours: bool) -> Iterator[Callable[[], float]]:
         process.join()
 
 
-def serve(pipe: Connection, config: Config, ours: bool) -> None:
+def serve(pipe: Connection, config: Config, name: str) -> None:
     """Do a round whenever asked, until nobody can ask."""
-    if ours and config.device == "cpu":
-        keep_freed_memory()
+    if config.device == "cpu":
+        torch.set_num_threads(1)
+        if name != "plain":
+            keep_freed_memory()
     backbone = engine.build_method(config).backbone.eval()
     images = torch.randn(IMAGES, 3, config.image_size, config.image_size, device=config.device)
-
-    def work() -> None:
-        _ = backbone.prefix(images) if ours else as_they_are(backbone, images)
-
+    if name == "int8":
+        backbone.quantize_views(images[: backbone.rows(images)])
+    works = {"ours": backbone.prefix, "int8": backbone.prefix_of_views, "plain": partial(as_they_are, backbone)}
     try:
         while pipe.recv():
-            pipe.send(busy(work, config.device))
+            pipe.send(busy(partial(works[name], images), config.device))
     except (EOFError, OSError):
         pass
 

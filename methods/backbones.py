@@ -134,7 +134,7 @@ class Backbone(nn.Module):
         with torch.autocast("cpu", torch.bfloat16):
             return self.int8(x.contiguous(memory_format=torch.channels_last)).float()
 
-    def _prefix_of_views(self, x: Tensor) -> Tensor:
+    def prefix_of_views(self, x: Tensor) -> Tensor:
         """`prefix` with convolutions in 8-bit integers."""
         maps = min(self.maps, self.cut)
         x = by_chunks(self._integers, x, rows=self.rows(x))
@@ -149,7 +149,7 @@ class Backbone(nn.Module):
         return x
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.suffix(self._prefix_of_views(x) if self.training and self.int8 else self.prefix(x))
+        return self.suffix(self.prefix_of_views(x) if self.training and self.int8 else self.prefix(x))
 
 
 class PassThrough(nn.Module):

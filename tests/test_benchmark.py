@@ -79,7 +79,7 @@ slow = pytest.mark.skipif(not HOSTILE, reason="two processes: bash scripts/test.
     [
         ("decode", ["--photos", "3"], ["1/1 of its size, OpenCV", "1/2 of its size", "1/4 of its", "1/8 of its"]),
         ("views", [], ["views at 16 px"]),
-        pytest.param("frozen", FROZEN, ["frozen blocks at 32 px"], marks=slow),
+        pytest.param("frozen", [*FROZEN, "--int8_views"], ["frozen blocks at 32 px", "8-bit integers"], marks=slow),
         ("encode", FROZEN, ["computed", "cached"]),
         ("step", [], ["10 steps"]),
         ("evaluate", FEW, ["MAP, PR", "MAP alone", "expected and in database order"]),

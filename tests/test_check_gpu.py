@@ -97,6 +97,26 @@ def test_a_section_on_a_pretended_gpu(section, tmp_path):
     assert not [row for row in rows if row.ok is False]
 
 
+@slow
+@needs_pretended
+def test_all_of_it_on_a_pretended_gpu(tmp_path, monkeypatch):
+    """To its end; runs that are killed have a pretended GPU of their own."""
+    (tmp_path / "main.py").write_text(
+        f"import sys\nsys.path[:0] = [{str(ROOT / 'tests')!r}, {str(ROOT)!r}]\n"
+        "import pretended_gpu, main\nwith pretended_gpu.pretended_gpu():\n    sys.exit(main.main())\n"
+    )
+    monkeypatch.setattr(check_numbers, "MAIN", tmp_path / "main.py")
+    monkeypatch.setattr(check_numbers, "LONGEST", 180)
+    monkeypatch.setattr(check_report, "CPU_SIZES", TINY)
+    with pretended_gpu():
+        code = checked(tmp_path / "results", "--small", "--minutes", "100", "--device", "cuda")
+    sections = found(tmp_path / "results")["sections"]
+    assert list(sections) == list(check_gpu.SECTIONS)
+    assert {name: section["state"] for name, section in sections.items()} == dict.fromkeys(sections, "done")
+    assert code == 0
+    assert sum(row["ok"] is True for section in sections.values() for row in section["rows"]) > 20
+
+
 @needs_pretended
 def test_waits_are_found_by_file_and_line(tmp_path, monkeypatch):
     with pretended_gpu():
@@ -149,7 +169,7 @@ def test_other_bits_are_found(tmp_path, monkeypatch):
 @pytest.mark.parametrize(("code", "words"), [(0, "ended before"), (2, "exit code 2: error: no data")])
 def test_a_run_that_is_not_there_to_be_killed(code, words, tmp_path, monkeypatch):
     program = f"import sys; sys.stderr.write('error: no data\\n'); sys.exit({code})"
-    monkeypatch.setattr(check_numbers, "ROOT", tmp_path)
+    monkeypatch.setattr(check_numbers, "MAIN", tmp_path / "main.py")
     (tmp_path / "main.py").write_text(program)
     with pytest.raises(RunError, match=words):
         rows_of("kill and resume", tmp_path)

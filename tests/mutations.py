@@ -488,7 +488,8 @@ MUTATIONS: dict[str, tuple[Mutation, ...]] = {
           "retrieval.reconstruction(codes, -self.quantizer.codebooks)", "search_encoder", "stands_for"),
     ),
     "page": (
-        M("search/api.py", "if size > self.limits.most_bytes:", "if False:", "search_server", "chunks"),
+        M("search/api.py", "if size > self.limits.most_bytes:", "if False:", "search_server", "chunks",
+          equivalent="Werkzeug refuses the body at its next read"),
         M("search/api.py", "if not self.is_ours(request.environ.get(\"HTTP_HOST\", \"\")):", "if False:",
           "search_serve", "hosts"),
         M("search/api.py", "if origin is not None and not", "if False and not", "search_serve", "sites"),

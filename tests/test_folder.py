@@ -80,7 +80,8 @@ def test_links_lead_out_and_never_round(tmp_path):
     write_photos(outside, ["a.jpg", "deep/b.jpg"])
     write_photos(root, ["z/c.jpg"])
     (root / "link").symlink_to(outside)
-    (root / "again").symlink_to(root / "z")
+    for name in ("again", "zz"):
+        (root / name).symlink_to(root / "z")
     (outside / "back").symlink_to(root)
     assert list_photos(root) == ["link/a.jpg", "link/deep/b.jpg", "z/c.jpg"]
 

@@ -180,13 +180,13 @@ def enlarged(images):
 def test_a_model_is_written_as_it_stood_while_it_learns_on(gpu, tmp_path, monkeypatch):
     method, path, goes_on, done = torch.nn.Linear(3, 3).to("cuda:0"), tmp_path / "model.cpt", threading.Event(), []
     expected = method.weight.detach().cpu()
-    real = model_file.write_tensors
+    real = model_file.save_state
 
     def write(*arguments):
         assert goes_on.wait(60)
         real(*arguments)
 
-    monkeypatch.setattr(model_file, "write_tensors", write)
+    monkeypatch.setattr(model_file, "save_state", write)  # all that the thread does, bringing it to the host included
     writer = model_file.BackgroundWriter()
     writer.save(method, path, lambda: done.append(1))
     with torch.no_grad():

@@ -3,12 +3,13 @@
 import numpy as np
 import pytest
 import torch
-from helpers import FROZEN, config_of, splits_of, thin_vgg
+from helpers import FROZEN, LIVELY, config_of, small_run, thin_vgg
 from torch import nn
 from torch.nn import functional as F
 
 import config
 import engine
+import evaluation
 import loaders
 from methods import int8
 from methods.backbones import build_backbone
@@ -146,10 +147,31 @@ def test_where_it_does_not_go_it_is_refused(flags):
 def test_ranges_come_from_training_images_all_over_the_data_set(weights, monkeypatch):
     monkeypatch.setattr(loaders, "SOME", 7)
     configuration = config_of(*FROZEN, "--weights", weights, "--int8_views")
-    splits = splits_of("Digits", limit=60)
     splits, method = engine.build(configuration)
     images = loaders.some_images(splits.train, engine.preprocessing(configuration))
     all_of_them = torch.cat(list(loaders.test_batches(splits.train, engine.preprocessing(configuration))))
     rows = [int((all_of_them == image).flatten(1).all(dim=1).nonzero()[0]) for image in images]
     assert rows == np.linspace(0, 59, 7).round().astype(int).tolist()
     assert method.backbone.int8 is not None
+
+
+def test_a_run_on_photos(photo_root, tmp_path):
+    """Its codes are those of the model, computed as ever."""
+    flags = [
+        "--dataset",
+        "Flickr25K",
+        "--data_root",
+        str(photo_root / "datasets"),
+        "--list_root",
+        str(photo_root / "data"),
+    ]
+    flags += ["--backbone", "squeezenet1_0", "--weights", "random", "--image_size", "32"]
+    flags += [*LIVELY, "--limit", "20", "--epoch_num", "1"]
+    found = small_run(tmp_path, *flags, "--int8_views")
+    configuration = config_of(*flags)
+    splits, method = engine.build(configuration)
+    assert method.backbone.int8 is None
+    method.load_state_dict(torch.load(found / "model.cpt", weights_only=True))
+    features = engine.build_features(configuration, method.eval().backbone, splits.tested)
+    codes = evaluation.encode_database(method, features["database"])
+    np.testing.assert_array_equal(np.load(found / "db_codes.npy"), codes.numpy())

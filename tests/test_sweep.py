@@ -7,7 +7,7 @@ import sys
 import numpy as np
 import pandas as pd
 import pytest
-from helpers import FROZEN, ROOT, call
+from helpers import FROZEN, HOSTILE, ROOT, call
 
 import evaluation
 import loss
@@ -220,6 +220,7 @@ def test_a_damaged_file_is_named(tmp_path):
     assert sweep.kept(tmp_path, {"a": 1}, lambda: {"map": 0.7})["map"] == 0.5
 
 
+@pytest.mark.skipif(not HOSTILE, reason="slower: bash scripts/test.sh --all")
 def test_two_processes_share_the_work(tmp_path):
     """The second waits for the trial that the first is at, and takes it."""
     program = (

@@ -188,10 +188,11 @@ def naming_lost_process() -> Iterator[None]:
 
 def lost_process(error: BaseException) -> str:
     """What to say of it: NCCL's own reason, or the error's first sentence, without places in gloo's code."""
-    _, _, last = one_line(error).partition("Last error:")
+    text = one_line(error)
+    _, _, last = text.partition("Last error:")
     if last and "remote process" not in last:
         return f"the processes of this run cannot reach one another: NCCL says {last.strip()[:200]}"
-    reason = re.sub(r"\[[^]]*\.\w+:\d+\] *", "", one_line(error)).partition(". ")[0]
+    reason = re.sub(r"\[[^]]*\.\w+:\d+\] *", "", text).partition(". ")[0]
     return f"another process of this run has ended or cannot be reached ({reason[:200]})"
 
 

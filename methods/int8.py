@@ -65,19 +65,6 @@ class Int8Convolution(nn.Module):
         return torch.ops.onednn.qconv2d_pointwise(x, *self.input, *weights, *self.geometry, *to)
 
 
-class Int8Pooling(nn.Module):
-    """Max pooling of uint8 maps."""
-
-    def __init__(self, layer: Pooling) -> None:
-        super().__init__()
-        self.layer = layer
-
-    def forward(self, x: Tensor) -> Tensor:
-        for dim in (2, 3):
-            x = self.layer.pooled(x, dim)
-        return x
-
-
 class Observer(fx.Interpreter):
     """Notes of each layer's output, by the node's name, in which range from 0 nearly all numbers are."""
 
@@ -148,7 +135,6 @@ def replace_layers(net: fx.GraphModule, ranges: dict[str, float], lowest: float,
             net.add_submodule(node.target, Int8Convolution(layer, *inputs[sources[0]], steps[node.name]))
             inputs[node] = steps[node.name], 0
         elif isinstance(layer, Pooling):
-            net.add_submodule(node.target, Int8Pooling(layer))
             inputs[node] = inputs[sources[0]]
         elif node.target is torch.cat:
             inputs[node] = steps[node.name], 0

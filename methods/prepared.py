@@ -49,17 +49,18 @@ class Linear(nn.Module):
 
 class Pooling(nn.Module):
     """Max pooling of bfloat16 maps that hold no negative numbers, on a CPU: their bits, read as integers, are in the
-    same order, and the CPU has an instruction for the maximum of those. First over the height, then over the width."""
+    same order, and the CPU has an instruction for the maximum of those. First over the height, then over the width.
+    Maps of integers are pooled as they are."""
 
     def __init__(self, layer: nn.MaxPool2d) -> None:
         super().__init__()
         self.kernel, self.stride, self.ceil = layer.kernel_size, layer.stride, layer.ceil_mode
 
     def forward(self, x: Tensor) -> Tensor:
-        bits = x.view(torch.int16)
+        bits = x.view(torch.int16) if x.dtype == torch.bfloat16 else x
         for dim in (2, 3):
             bits = self.pooled(bits, dim)
-        return bits.view(torch.bfloat16)
+        return bits.view(x.dtype)
 
     def pooled(self, bits: Tensor, dim: int) -> Tensor:
         beyond = bits.shape[dim] - self.kernel

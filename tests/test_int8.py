@@ -13,7 +13,7 @@ import evaluation
 import loaders
 from methods import int8
 from methods.backbones import build_backbone
-from methods.int8 import Int8Convolution, Int8Pooling, Quantize
+from methods.int8 import Int8Convolution, Quantize
 from methods.prepared import Convolution, Pooling
 from utils import InputError
 
@@ -71,7 +71,7 @@ def test_images_are_rounded_to_steps():
 def test_maps_are_pooled_as_integers(ceil):
     layer = nn.MaxPool2d(3, 2, ceil_mode=ceil)
     x = torch.randint(256, (2, 5, 14, 17)).to(torch.uint8)
-    assert torch.equal(Int8Pooling(Pooling(layer))(x).double(), layer(x.double()))
+    assert torch.equal(Pooling(layer)(x).double(), layer(x.double()))
 
 
 def test_a_range_holds_nearly_all_numbers():

@@ -26,6 +26,7 @@ from torch import Tensor
 
 import ties
 import transforms
+from experiments.check_report import settings_restored
 from utils import load_object
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -331,18 +332,17 @@ def _fakes(gpu: PretendedGPU) -> dict[object, dict[str, object]]:
 @contextmanager
 def nothing_left() -> Iterator[None]:
     """On one thread; PyTorch's switches, and constants on a GPU that is gone, do not outlive it."""
-    cudnn, matmul, threads = torch.backends.cudnn, torch.backends.cuda.matmul, torch.get_num_threads()
-    before = cudnn.allow_tf32, cudnn.deterministic, matmul.allow_tf32
+    threads, constants = torch.get_num_threads(), (transforms.on_device, ties.harmonic_numbers)
     torch.set_num_threads(1)
-    for constants in (transforms.on_device, ties.harmonic_numbers):
-        constants.cache_clear()
+    for kept in constants:
+        kept.cache_clear()
     try:
-        yield
+        with settings_restored():
+            yield
     finally:
-        for constants in (transforms.on_device, ties.harmonic_numbers):
-            constants.cache_clear()
+        for kept in constants:
+            kept.cache_clear()
         torch.set_num_threads(threads)
-        cudnn.allow_tf32, cudnn.deterministic, matmul.allow_tf32 = before
 
 
 @contextmanager
